@@ -1,0 +1,40 @@
+# From a fresh clone, needing only Python >= 3.11 and make:
+#   make demo   set up .venv, run SPECS end to end on the embedded lab, write runs/lab-specs/report.html
+#   make test   set up .venv, lint, types, tests
+# Where PyTorch sees a GPU the same commands use it.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export PYTHONSAFEPATH := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test lint bench report setup clean
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 found; set PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt "setuptools>=77" wheel ninja torch
+	$(BIN)/pip install -q --no-build-isolation -c constraints.txt -e ".[dev,trl]"
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/specs-fast run recipes/lab-specs.yaml
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+bench: $(STAMP)
+	PYTHONPATH=. $(BIN)/python -m bench.update
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
