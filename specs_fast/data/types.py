@@ -6,6 +6,7 @@ All of them are plain immutable records; none knows a model or a file format.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,7 @@ class Prompt:
 
     messages: chat messages whose ``content`` is a list of parts, ``{"type": "image"}`` or ``{"type": "text", "text": str}``;
         the i-th image part stands for ``images[i]``.
-    images: decoded RGB images, one per image part.
+    images: RGB images, one per image part (decoded when read).
     image_paths: where they came from (for reports), one per image.
     columns: every other column of the row (``answer``, ``tags``, a user's own), passed to reward functions by name.
     source: ``file:row`` for error messages.
@@ -30,7 +31,7 @@ class Prompt:
 
     id: str
     messages: tuple[dict[str, Any], ...]
-    images: tuple[Image.Image, ...] = ()
+    images: Sequence[Image.Image] = ()
     image_paths: tuple[str, ...] = ()
     columns: dict[str, Any] = field(default_factory=dict)
     source: str = ""

@@ -1,0 +1,161 @@
+"""Prompt and text -> token ids and pixels, through the model's own processor or tokenizer.
+
+One template pipeline for every stage: what the sampler saw is what the trainer scores.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specs_fast.data.types import EncodedImage, EncodedPrompt, Prompt
+
+CACHE_BYTES = 256 * 2**20
+
+
+class Encoder:
+    """Encodes prompts and completions with a transformers processor (or a tokenizer, for text-only models).
+
+    Encoded prompts are kept under a byte budget, so a prompt's pixels are prepared once while it stays in use.
+    Raises ValueError naming the row for: more or fewer image tokens than image patches ask for (a literal image token in
+    the text), a processor that does not return ``image_grid_thw``, videos.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no eos_token; set one, responses must be able to end")
+        self.eos_token_id = int(self.tokenizer.eos_token_id)
+        pad = self.tokenizer.pad_token_id
+        self.pad_token_id = self.eos_token_id if pad is None else int(pad)
+        self.image_token_id = _image_token_id(processor)
+        self._cache: OrderedDict[str, EncodedPrompt] = OrderedDict()
+        self._cached_bytes = 0
+
+    def prompt(self, prompt: Prompt) -> EncodedPrompt:
+        """The prompt through the chat template, generation prompt added, image tokens expanded."""
+        key = f"{prompt.source}|{prompt.id}"
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        encoded = self._encode(prompt)
+        self._cache[key] = encoded
+        self._cached_bytes += _size(encoded)
+        while self._cached_bytes > CACHE_BYTES and len(self._cache) > 1:
+            _, dropped = self._cache.popitem(last=False)
+            self._cached_bytes -= _size(dropped)
+        return encoded
+
+    def completion(self, text: str) -> Tensor:
+        """int64 ``[R]``: the text's tokens with end-of-sequence appended. Empty text raises: it has nothing to learn."""
+        if not text.strip():
+            raise ValueError("an empty completion cannot be trained on; drop the row")
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return torch.tensor([*ids, self.eos_token_id], dtype=torch.int64)
+
+    def decode(self, token_ids: Tensor) -> str:
+        """Text of a completion without its end-of-sequence and padding tokens; every other token stays visible."""
+        ids = [token for token in token_ids.tolist() if token not in (self.eos_token_id, self.pad_token_id)]
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
+    def _encode(self, prompt: Prompt) -> EncodedPrompt:
+        messages = [{**message, "content": list(message["content"])} for message in prompt.messages]
+        if self.image_token_id is None:
+            if prompt.images:
+                raise ValueError(
+                    f"{prompt.source}: the prompt has {len(prompt.images)} images but the model reads text only"
+                )
+            messages = [{**m, "content": "".join(part["text"] for part in m["content"])} for m in messages]
+        text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        if self.image_token_id is None:
+            ids = torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+            return EncodedPrompt(prompt.id, ids, torch.zeros_like(ids))
+        images = [image for image in prompt.images]
+        inputs = self.processor(
+            text=[text], images=images or None, add_special_tokens=False, return_tensors="pt", padding=False
+        )
+        ids = torch.as_tensor(inputs["input_ids"], dtype=torch.int64)[0]
+        encoded_images = _split_images(inputs, len(images), prompt.source)
+        token_types = (ids == self.image_token_id).to(torch.int64)
+        self._check_image_tokens(int(token_types.sum()), encoded_images, prompt.source)
+        return EncodedPrompt(prompt.id, ids, token_types, encoded_images)
+
+    def _check_image_tokens(self, found: int, images: Sequence[EncodedImage], source: str) -> None:
+        merge = int(getattr(getattr(self.processor, "image_processor", None), "merge_size", 1))
+        expected = sum(t * h * w // merge**2 for t, h, w in (image.grid_thw for image in images))
+        if found != expected:
+            raise ValueError(
+                f"{source}: {found} image tokens in the encoded prompt but its {len(images)} images need {expected}; "
+                "remove the literal image token from the text, or fix the processor's merge_size"
+            )
+
+
+def check_lengths(
+    prompts: Iterable[Prompt],
+    encoder: Encoder,
+    max_prompt_tokens: int | None,
+    *,
+    filter_overlong: bool,
+    advance: Callable[[], None] = lambda: None,
+) -> tuple[list[Prompt], int]:
+    """Encode every prompt once and hold it to ``max_prompt_tokens``: (prompts that fit, number filtered).
+
+    A prompt is never cut. One that is too long raises, naming row, length and limit, unless ``filter_overlong``.
+    """
+    kept, filtered = [], 0
+    for prompt in prompts:
+        length = len(encoder.prompt(prompt))
+        advance()
+        if max_prompt_tokens is not None and length > max_prompt_tokens:
+            if not filter_overlong:
+                raise ValueError(
+                    f"{prompt.source}: the prompt has {length} tokens, data.max_prompt_tokens is {max_prompt_tokens}; prompts "
+                    "are never cut: raise the limit, shrink the image, or set data.filter_overlong=true to leave such rows out"
+                )
+            filtered += 1
+            continue
+        kept.append(prompt)
+    if not kept:
+        raise ValueError(
+            f"all {filtered} prompts are longer than data.max_prompt_tokens={max_prompt_tokens}; none is left"
+        )
+    return kept, filtered
+
+
+def _split_images(inputs: Any, num_images: int, source: str) -> tuple[EncodedImage, ...]:
+    if num_images == 0:
+        return ()
+    if "image_grid_thw" not in inputs:
+        raise ValueError(
+            f"{source}: the processor returned {sorted(inputs)} without 'image_grid_thw'; only processors of the Qwen-VL "
+            "family's form are supported so far"
+        )
+    grids = [tuple(int(n) for n in grid) for grid in inputs["image_grid_thw"]]
+    pixels = torch.as_tensor(inputs["pixel_values"], dtype=torch.float32)
+    if len(grids) != num_images:
+        raise ValueError(f"{source}: the processor returned {len(grids)} image grids for {num_images} images")
+    images = []
+    for grid, patches in zip(grids, pixels.split([t * h * w for t, h, w in grids]), strict=True):
+        digest = hashlib.sha1(repr(grid).encode() + patches.contiguous().numpy().tobytes()).hexdigest()
+        images.append(EncodedImage(digest, patches.clone(), grid))
+    return tuple(images)
+
+
+def _image_token_id(processor: Any) -> int | None:
+    if not hasattr(processor, "image_processor"):
+        return None
+    token_id = getattr(processor, "image_token_id", None)
+    if token_id is None:
+        token_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    return int(token_id)
+
+
+def _size(prompt: EncodedPrompt) -> int:
+    return prompt.input_ids.nbytes + sum(image.pixel_values.nbytes for image in prompt.images)

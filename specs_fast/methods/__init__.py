@@ -1,0 +1,1 @@
+"""Each method of the papers, composed of stages."""

@@ -1,0 +1,134 @@
+"""Metis-SPECS (arXiv 2510.25801): zero -> pairs -> cold start -> final.
+
+1. zero: GRPO from the base model, a teacher of format that is the model itself;
+2. pairs: chosen from zero, rejected from base, both correct, differing in form;
+3. coldstart: DPO + lambda * SFT on the pairs, **from the base model again**;
+4. final: GRPO from the cold start.
+
+Each stage leaves a folder of its own that is complete or absent, so the same call continues after the last finished one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from specs_fast.config import SpecsConfig
+from specs_fast.data.encode import Encoder, check_lengths
+from specs_fast.data.rows import load_pairs, load_prompts
+from specs_fast.data.types import Prompt
+from specs_fast.models.load import load_processor
+from specs_fast.progress import NO_PROGRESS, Progress
+from specs_fast.rewards.accuracy import check_gold
+from specs_fast.rewards.compose import RewardSet
+from specs_fast.stages.dpo import run_dpo
+from specs_fast.stages.grpo import run_grpo
+from specs_fast.stages.pairs import run_pairs
+from specs_fast.train.stage_dir import is_done, run_stage
+
+CHECKPOINTS = ("zero", "coldstart", "final")
+
+
+def run(config: SpecsConfig, run_dir: Path, progress: Progress = NO_PROGRESS) -> dict[str, Path]:
+    """Run or continue SPECS in ``run_dir``: name -> model folder of base, zero, coldstart and final.
+
+    All data is checked before any training; ValueError names file, row, value and way out.
+    """
+    base_dir = Path(config.model.path)
+    folders = {name: run_dir / name for name in (*CHECKPOINTS, "pairs")}
+    if not all([is_done(folder) for folder in folders.values()]):
+        prompts = load_training_prompts(config, progress)
+        with RewardSet.from_config(config.rewards) as rewards:
+            _run_stages(config, base_dir, folders, prompts, rewards, progress)
+    return {"base": base_dir, **{name: folders[name] for name in CHECKPOINTS}}
+
+
+def _run_stages(
+    config: SpecsConfig,
+    base_dir: Path,
+    folders: dict[str, Path],
+    prompts: Sequence[Prompt],
+    rewards: RewardSet,
+    progress: Progress,
+) -> None:
+    run_stage(
+        folders["zero"],
+        lambda out_dir: run_grpo(
+            config.zero,
+            config.model,
+            stage="zero",
+            model_dir=base_dir,
+            prompts=prompts,
+            rewards=rewards,
+            out_dir=out_dir,
+            seed=config.seed,
+            progress=progress,
+        ),
+    )
+    run_stage(
+        folders["pairs"],
+        lambda out_dir: run_pairs(
+            config.pairs,
+            config.model,
+            base_dir=base_dir,
+            zero_dir=folders["zero"],
+            prompts=prompts,
+            out_dir=out_dir,
+            seed=config.seed,
+            progress=progress,
+        ),
+    )
+    run_stage(
+        folders["coldstart"],
+        lambda out_dir: run_dpo(
+            config.coldstart,
+            config.model,
+            stage="coldstart",
+            model_dir=base_dir,
+            pairs=load_pairs(folders["pairs"] / "pairs.jsonl"),
+            out_dir=out_dir,
+            cache_dir=out_dir.parent / "cache",
+            seed=config.seed,
+            progress=progress,
+        ),
+    )
+    run_stage(
+        folders["final"],
+        lambda out_dir: run_grpo(
+            config.final,
+            config.model,
+            stage="final",
+            model_dir=folders["coldstart"],
+            prompts=prompts,
+            rewards=rewards,
+            out_dir=out_dir,
+            seed=config.seed,
+            progress=progress,
+        ),
+    )
+
+
+def load_training_prompts(config: SpecsConfig, progress: Progress) -> list[Prompt]:
+    """The training prompts, every row checked: gold answers scorable, lengths within the limit."""
+    prompts = load_prompts(config.data.train)
+    for prompt in prompts:
+        if "answer" not in prompt.columns:
+            raise ValueError(f"{prompt.source}: column 'answer' is missing; rewards and pairs need the gold answer")
+        try:
+            check_gold(str(prompt.columns["answer"]))
+        except ValueError as error:
+            raise ValueError(f"{prompt.source}: {error}") from None
+    encoder = Encoder(load_processor(config.model.path))
+    with progress.track("checking prompts", len(prompts)) as bar:
+        kept, filtered = check_lengths(
+            prompts,
+            encoder,
+            config.data.max_prompt_tokens,
+            filter_overlong=config.data.filter_overlong,
+            advance=lambda: bar.advance(1),
+        )
+    if filtered:
+        progress.say(
+            f"{filtered} of {len(prompts)} prompts are over max_prompt_tokens and left out (data.filter_overlong)"
+        )
+    return kept

@@ -1,0 +1,1 @@
+"""One file per stage, each reading top to bottom: grpo, pairs, dpo, sft."""

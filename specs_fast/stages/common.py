@@ -1,0 +1,113 @@
+"""What every stage starts from and leaves behind: a policy in memory, a model folder on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specs_fast.config import ModelConfig, SamplingConfig
+from specs_fast.data.batching import micro_batches
+from specs_fast.data.encode import Encoder
+from specs_fast.data.types import Completion, Prompt, Scores, Tree
+from specs_fast.models.load import load_model, load_processor
+from specs_fast.models.score import score
+from specs_fast.rollout.sampler import Sampler
+
+
+@dataclass
+class Policy:
+    """A loaded model with its encoder and the way it is scored."""
+
+    model: PreTrainedModel
+    processor: Any
+    encoder: Encoder
+    packing: str
+
+    @classmethod
+    def load(cls, model_dir: str | Path, config: ModelConfig, *, trainable: bool) -> Policy:
+        """Load a model folder; ``trainable=False`` turns every gradient off."""
+        model = load_model(
+            model_dir,
+            dtype=config.dtype,
+            device=config.device,
+            freeze_vision=config.freeze_vision,
+            gradient_checkpointing=config.gradient_checkpointing and trainable,
+        )
+        if not trainable:
+            model.requires_grad_(False)
+        processor = load_processor(model_dir)
+        return cls(model, processor, Encoder(processor), config.packing)
+
+    def score(self, trees: Sequence[Tree], *, temperature: float = 1.0, return_entropy: bool = False) -> Scores:
+        """Log-probs of all response tokens of the trees; differentiable in the model's trainable parameters."""
+        return score(self.model, trees, packing=self.packing, temperature=temperature, return_entropy=return_entropy)
+
+    @torch.no_grad()
+    def score_in_batches(self, trees: Sequence[Tree], max_tokens: int, *, temperature: float = 1.0) -> list[Tensor]:
+        """Log-probs without gradient, float32 ``[N_i]`` per tree, computed in micro-batches."""
+        logps: list[Tensor] = []
+        for batch in micro_batches(trees, max_tokens, packing=self.packing):
+            part = [trees[index] for index in batch]
+            scores = self.score(part, temperature=temperature)
+            logps.extend(scores.logp.split([tree.num_response_tokens for tree in part]))
+        return logps
+
+    def sample(
+        self, prompts: Sequence[Prompt], sampling: SamplingConfig, num_samples: int, seed: int
+    ) -> list[list[Completion]]:
+        """``num_samples`` completions per prompt, the same for the same seed."""
+        sampler = Sampler(
+            self.model, eos_token_ids=eos_token_ids(self.model, self.encoder), pad_token_id=self.encoder.pad_token_id
+        )
+        return sampler.generate(
+            [self.encoder.prompt(prompt) for prompt in prompts],
+            num_samples=num_samples,
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            seed=seed,
+        )
+
+    def save(self, folder: Path) -> None:
+        """Weights (safetensors), config, generation config and processor: a folder that ``from_pretrained`` loads."""
+        self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+
+def eos_token_ids(model: PreTrainedModel, encoder: Encoder) -> list[int]:
+    """Every token that ends a response: the generation config's and the tokenizer's."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    return sorted({encoder.eos_token_id, *(int(token) for token in ids if token is not None)})
+
+
+def conversation(text: str) -> list[dict[str, str]]:
+    """A completion the way reward functions get it: one assistant message (TRL's conversational form)."""
+    return [{"role": "assistant", "content": text}]
+
+
+def column_lists(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
+    """The prompts' own columns as lists, one entry per prompt, None where a row lacks one; ``tags`` always present."""
+    names = sorted({name for prompt in prompts for name in prompt.columns})
+    columns: dict[str, list[Any]] = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
+    columns["tags"] = [list(prompt.tags) for prompt in prompts]
+    return columns
+
+
+def stage_seed(seed: int, stage: str, step: int = 0) -> int:
+    """A seed for one step of one stage that no other stage shares."""
+    offset = int.from_bytes(stage.encode()[:6].ljust(6, b"\0"), "big")
+    return (seed * 1_000_003 + offset * 7919 + step * 104_729) % (2**62)
+
+
+def dump(value: Any) -> str:
+    """One JSON line."""
+    return json.dumps(value, ensure_ascii=False) + "\n"

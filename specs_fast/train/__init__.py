@@ -1,0 +1,1 @@
+"""Shared by every stage: optimizer, metrics, advantages, stage folders."""
