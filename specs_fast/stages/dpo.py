@@ -88,8 +88,8 @@ def check_origin(pairs: Sequence[Pair], base: str) -> None:
         made_by = pair.prompt.columns.get("base_model")
         if made_by is not None and made_by != base:
             raise ValueError(
-                f"{pair.prompt.source}: the pair was made by base model {made_by}, the cold start begins from {base}; "
-                "SPECS needs the model's own pairs: run the pairs stage again, or drop the base_model column to use them knowingly"
+                f"{pair.prompt.source}: made by base model {made_by}, but the cold start begins from {base}; "
+                "SPECS needs the model's own pairs: run the pairs stage again, or drop the base_model column to use them anyway"
             )
 
 
