@@ -18,7 +18,7 @@ from specs_fast.data.encode import Encoder, check_lengths
 from specs_fast.data.rows import load_pairs, load_prompts
 from specs_fast.data.types import Prompt
 from specs_fast.models.load import load_processor
-from specs_fast.progress import NO_PROGRESS, Progress
+from specs_fast.progress import SILENT, Progress
 from specs_fast.rewards.accuracy import check_gold
 from specs_fast.rewards.compose import RewardSet
 from specs_fast.stages.dpo import run_dpo
@@ -29,7 +29,7 @@ from specs_fast.train.stage_dir import is_done, run_stage
 CHECKPOINTS = ("zero", "coldstart", "final")
 
 
-def run(config: SpecsConfig, run_dir: Path, progress: Progress = NO_PROGRESS) -> dict[str, Path]:
+def run(config: SpecsConfig, run_dir: Path, progress: Progress = SILENT) -> dict[str, Path]:
     """Run or continue SPECS in ``run_dir``: name -> model folder of base, zero, coldstart and final.
 
     All data is checked before any training; ValueError names file, row, value and way out.

@@ -20,7 +20,7 @@ from torch import Tensor
 from specs_fast.config import DPOConfig, ModelConfig
 from specs_fast.data.batching import epochs, micro_batches
 from specs_fast.data.types import Pair, Tree
-from specs_fast.progress import NO_PROGRESS, Progress
+from specs_fast.progress import SILENT, Progress
 from specs_fast.stages.common import Policy, stage_seed
 from specs_fast.train.metrics import JsonlWriter, MetricSum
 from specs_fast.train.optim import Optimizer
@@ -38,7 +38,7 @@ def run_dpo(
     out_dir: Path,
     cache_dir: Path,
     seed: int,
-    progress: Progress = NO_PROGRESS,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Train ``model_dir`` on ``pairs`` and leave the model and metrics.jsonl in ``out_dir``. Deterministic in ``seed``.
 

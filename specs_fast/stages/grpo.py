@@ -19,7 +19,7 @@ from torch import Tensor
 from specs_fast.config import GRPOConfig, ModelConfig
 from specs_fast.data.batching import epochs, micro_batches
 from specs_fast.data.types import Completion, Prompt, Tree
-from specs_fast.progress import NO_PROGRESS, Progress
+from specs_fast.progress import SILENT, Progress
 from specs_fast.rewards.compose import RewardResult, RewardSet
 from specs_fast.stages.common import Policy, column_lists, conversation, stage_seed
 from specs_fast.train.advantages import group_advantages
@@ -56,7 +56,7 @@ def run_grpo(
     rewards: RewardSet,
     out_dir: Path,
     seed: int,
-    progress: Progress = NO_PROGRESS,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Train ``model_dir`` on ``prompts`` and leave the model, metrics.jsonl and completions.jsonl in ``out_dir``.
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from specs_fast.config import ModelConfig, PairsConfig
 from specs_fast.data.types import Prompt
-from specs_fast.progress import NO_PROGRESS, Progress
+from specs_fast.progress import SILENT, Progress
 from specs_fast.rewards.accuracy import answers_equal
 from specs_fast.rewards.consistency import load_judge
 from specs_fast.rewards.corruption import corrupt
@@ -48,7 +48,7 @@ def run_pairs(
     prompts: Sequence[Prompt],
     out_dir: Path,
     seed: int,
-    progress: Progress = NO_PROGRESS,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Sample from both models, filter, corrupt, and write ``pairs.jsonl``, ``images/`` and ``yield.json`` into ``out_dir``.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from specs_fast.config import DPOConfig, ModelConfig
 from specs_fast.data.batching import epochs, micro_batches
 from specs_fast.data.types import Prompt, Scores, Tree
-from specs_fast.progress import NO_PROGRESS, Progress
+from specs_fast.progress import SILENT, Progress
 from specs_fast.stages.common import Policy, stage_seed
 from specs_fast.train.metrics import JsonlWriter, MetricSum
 from specs_fast.train.optim import Optimizer
@@ -31,7 +31,7 @@ def run_sft(
     rows: Sequence[tuple[Prompt, str]],
     out_dir: Path,
     seed: int,
-    progress: Progress = NO_PROGRESS,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Train ``model_dir`` on (prompt, response) rows; the optimizer, batch size, epochs and nll_mode of ``config`` apply.
 
