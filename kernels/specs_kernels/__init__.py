@@ -1,0 +1,22 @@
+"""Kernels for post-training language and vision-language models. Imports torch only.
+
+``PackedLayout`` says which token of a packed row may see which. ``linear_logprob``, ``selective_logprob`` and
+``packed_attention`` are differentiable ops with a reference (the definition) and memory-bounded backends;
+``preference_loss`` and ``policy_loss`` turn packed log-probs into a loss and its metrics.
+"""
+
+from specs_kernels.layout import PackedLayout
+from specs_kernels.linear_logprob import linear_logprob
+from specs_kernels.policy_loss import policy_loss
+from specs_kernels.preference_loss import preference_loss
+from specs_kernels.results import TokenLogprobs
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PackedLayout",
+    "TokenLogprobs",
+    "linear_logprob",
+    "policy_loss",
+    "preference_loss",
+]

@@ -1,0 +1,123 @@
+"""Argument checks shared by the ops. Each raises ValueError with the value found and what is allowed."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.int32, torch.int64)
+
+
+def shape_of(tensor: Tensor) -> str:
+    return "[" + ", ".join(str(n) for n in tensor.shape) + "]"
+
+
+def check_float(name: str, tensor: Tensor, dims: int) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a tensor; got {type(tensor).__name__}")
+    if tensor.dtype not in FLOATS:
+        raise ValueError(f"{name} must be floating point (fp16, bf16, fp32, fp64); got {tensor.dtype}")
+    if tensor.dim() != dims:
+        raise ValueError(f"{name} must have {dims} dimensions; got shape {shape_of(tensor)}")
+
+
+def check_integer(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a tensor; got {type(tensor).__name__}")
+    if tensor.dtype not in INTEGERS:
+        raise ValueError(f"{name} must be int64 or int32; got {tensor.dtype}")
+    check_shape(name, tensor, shape)
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must have shape {list(shape)}; got {shape_of(tensor)}")
+
+
+def check_same_device(**tensors: Tensor | None) -> None:
+    present = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    if len(set(present.values())) > 1:
+        places = ", ".join(f"{name} on {device}" for name, device in present.items())
+        raise ValueError(f"all tensors must be on one device; got {places}")
+
+
+def check_same_dtype(**tensors: Tensor | None) -> None:
+    present = {name: tensor.dtype for name, tensor in tensors.items() if tensor is not None}
+    if len(set(present.values())) > 1:
+        kinds = ", ".join(f"{name} {dtype}" for name, dtype in present.items())
+        raise ValueError(f"dtypes must agree; got {kinds}; cast one of them")
+
+
+def check_positive(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be a finite number above 0; got {value!r}")
+
+
+def check_not_negative(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (value >= 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be a finite number of at least 0; got {value!r}")
+
+
+def check_finite(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number; got {value!r}")
+
+
+def check_temperature(temperature: float | Tensor, num_targets: int, kept: Tensor | None) -> None:
+    """A finite number above 0, or a float tensor ``[N]`` of them. Entries of ignored targets are not looked at.
+
+    kept: int64 indices of the targets that count, None for all.
+    """
+    if not isinstance(temperature, Tensor):
+        check_positive("temperature", temperature)
+        return
+    if temperature.dtype not in FLOATS:
+        raise ValueError(f"temperature must be a float or a floating point tensor [N]; got {temperature.dtype}")
+    check_shape("temperature", temperature, (num_targets,))
+    if temperature.requires_grad:
+        raise ValueError("temperature gets no gradient here; pass temperature.detach()")
+    seen = temperature.detach() if kept is None else temperature.detach().index_select(0, kept)
+    bad = ~((seen > 0) & torch.isfinite(seen))
+    if bool(bad.any()):
+        n = int(bad.nonzero()[0])
+        row = n if kept is None else int(kept[n])
+        raise ValueError(f"temperature[{row}] is {float(seen[n])}; each must be a finite number above 0")
+
+
+def kept_targets(target: Tensor, ignore_index: int, vocab_size: int) -> Tensor | None:
+    """Indices of the targets that are not ``ignore_index`` (None when all count), each checked against ``[0, V)``.
+
+    Reads a count on the host: on an accelerator this waits for the device.
+    """
+    keep = target != ignore_index
+    bad = keep & ((target < 0) | (target >= vocab_size))
+    num_kept, num_bad = torch.stack([keep.sum(), bad.sum()]).tolist()
+    if num_bad:
+        n = int(bad.nonzero()[0])
+        raise ValueError(
+            f"target[{n}] is {int(target[n])}; targets are 0 to {vocab_size - 1}, or {ignore_index} (ignore_index)"
+        )
+    return None if num_kept == target.shape[0] else keep.nonzero().squeeze(1)
+
+
+def check_mask(mask: Tensor | None, num_tokens: int) -> None:
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise ValueError(f"mask must be a bool tensor [N]; got {getattr(mask, 'dtype', type(mask).__name__)}")
+    check_shape("mask", mask, (num_tokens,))
+
+
+def check_count(name: str, value: float | Tensor | None) -> float | None:
+    """A number or 0-d tensor above 0, as a float; None stays None."""
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        if value.dim() != 0:
+            raise ValueError(f"{name} must be a number or a 0-d tensor; got shape {shape_of(value)}")
+        value = float(value)
+    check_positive(name, value)
+    return float(value)
