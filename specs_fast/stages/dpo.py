@@ -102,7 +102,7 @@ def pair_tree(policy: Policy, pair: Pair) -> Tree:
 def batch_gradient(policy: Policy, trees: list[Tree], reference: list[Tensor], config: DPOConfig) -> dict[str, float]:
     """Gradients of the mean loss over a batch of pairs, accumulated over micro-batches."""
     totals = MetricSum()
-    chosen_tokens = sum(int(tree.responses[0].shape[0]) for tree in trees)
+    chosen_tokens = sum(int(tree.responses[0].shape[0]) for tree in trees) if config.nll_mode == "token" else None
     for batch in micro_batches(trees, config.micro_batch_tokens, packing=policy.packing):
         scores = policy.score([trees[index] for index in batch], return_entropy=True)
         device = scores.logp.device
@@ -118,7 +118,7 @@ def batch_gradient(policy: Policy, trees: list[Tree], reference: list[Tensor], c
             nll_weight=config.nll_weight,
             nll_mode=config.nll_mode,
             num_pairs=len(trees),
-            num_tokens=chosen_tokens,
+            num_chosen_tokens=chosen_tokens,
         )
         loss.backward()
         totals.add(metrics)
