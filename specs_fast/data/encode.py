@@ -137,7 +137,7 @@ def _split_images(inputs: Any, num_images: int, source: str) -> tuple[EncodedIma
             f"{source}: the processor returned {sorted(inputs)} without 'image_grid_thw'; only processors of the Qwen-VL "
             "family's form are supported so far"
         )
-    grids = [tuple(int(n) for n in grid) for grid in inputs["image_grid_thw"]]
+    grids = [(int(t), int(h), int(w)) for t, h, w in inputs["image_grid_thw"]]
     pixels = torch.as_tensor(inputs["pixel_values"], dtype=torch.float32)
     if len(grids) != num_images:
         raise ValueError(f"{source}: the processor returned {len(grids)} image grids for {num_images} images")

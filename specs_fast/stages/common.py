@@ -17,7 +17,7 @@ from specs_fast.data.batching import micro_batches
 from specs_fast.data.encode import Encoder
 from specs_fast.data.types import Completion, Prompt, Scores, Tree
 from specs_fast.models.load import load_model, load_processor
-from specs_fast.models.score import score
+from specs_fast.models.score import Packing, score
 from specs_fast.rollout.sampler import Sampler
 
 
@@ -28,7 +28,7 @@ class Policy:
     model: PreTrainedModel
     processor: Any
     encoder: Encoder
-    packing: str
+    packing: Packing
 
     @classmethod
     def load(cls, model_dir: str | Path, config: ModelConfig, *, trainable: bool) -> Policy:

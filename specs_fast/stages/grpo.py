@@ -79,20 +79,19 @@ def run_grpo(
             batch = [prompts[index] for index in next(order)]
             rollouts = collect(policy, reference, batch, rewards, config, stage_seed(seed, stage, step))
             sampled = time.perf_counter()
-            row = {"step": step, "stage": stage, **rollout_metrics(rollouts)}
-            row |= update(policy, optimizer, rollouts, config)
+            metrics = rollout_metrics(rollouts) | update(policy, optimizer, rollouts, config)
             num_tokens += sum(tree.num_tokens for tree in rollouts.trees)
-            row |= {
+            metrics |= {
                 "num_tokens": num_tokens,
                 "sampling_time": sampled - step_started,
                 "step_time": time.perf_counter() - step_started,
             }
-            metrics_file.write(row)
+            metrics_file.write({"step": step, "stage": stage, **metrics})
             if step == 1 or step == config.steps or step % config.log_completions_every == 0:
                 for example in example_rows(rollouts, step):
                     completions_file.write(example)
-            mean_rewards.append(row["reward"])
-            bar.advance(1, reward=row["reward"], entropy=row["entropy"])
+            mean_rewards.append(metrics["reward"])
+            bar.advance(1, reward=metrics["reward"], entropy=metrics["entropy"])
     policy.save(out_dir)
     return {
         "stage": stage,
