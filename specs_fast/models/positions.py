@@ -1,0 +1,136 @@
+"""Position ids of packed forests and of single prompts.
+
+A text-only model uses the index along the path. A vision-language model with M-RoPE uses three rows (time, height, width): an
+image's tokens share one start and spread over the grid, and text goes on after the largest of them. A child segment goes on where
+its nearest non-empty ancestor ended, so every path through the forest carries the ids that it would carry alone.
+
+The ids of one segment come from the model's own `get_rope_index`; only the offset is added here.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from specs_fast.data.types import EncodedImage
+from specs_kernels import PackedLayout
+
+_CACHE_ENTRIES = 4096
+_SegmentKey = tuple[bytes, tuple[tuple[int, int, int], ...]]
+_cache: WeakKeyDictionary[nn.Module, dict[_SegmentKey, Tensor]] = WeakKeyDictionary()
+
+
+def uses_mrope(model: PreTrainedModel) -> bool:
+    """Whether the model takes three rows of position ids."""
+    return hasattr(model.base_model, "get_rope_index")
+
+
+def segment_positions(model: PreTrainedModel, token_types: Tensor, images: Sequence[EncodedImage]) -> Tensor:
+    """M-RoPE ids of one segment that starts at 0: token_types int64 ``[L]`` (1 for image tokens) -> int64 ``[3, L]``, on the CPU.
+
+    Kept per pattern of token types and grids, which prompts of a data set share. Raises ValueError when the image tokens are
+    not one run per image, as long as its merged patches.
+    """
+    length = int(token_types.shape[0])
+    if not images:
+        return torch.arange(length).expand(3, -1)
+    token_types = token_types.cpu()
+    grids = tuple(image.grid_thw for image in images)
+    key = (token_types.numpy().tobytes(), grids)
+    known = _cache.setdefault(model.base_model, {})
+    positions = known.get(key)
+    if positions is None:
+        runs = [len(list(run)) for kind, run in itertools.groupby(token_types.tolist()) if kind == 1]
+        expected = [image_tokens(model, image) for image in images]
+        if runs != expected:
+            raise ValueError(
+                f"runs of {runs} image tokens for {len(images)} images, which take {expected} (grids {list(grids)}); "
+                "every image needs one run of image tokens of its own"
+            )
+        if len(known) >= _CACHE_ENTRIES:
+            known.clear()
+        positions = model.base_model.get_rope_index(
+            torch.zeros(1, length, dtype=torch.long),
+            mm_token_type_ids=token_types[None],
+            image_grid_thw=torch.tensor(grids),
+        )[0][:, 0]
+        known[key] = positions
+    return positions
+
+
+def image_tokens(model: PreTrainedModel, image: EncodedImage) -> int:
+    """Tokens that one image takes in the text: its merged patches."""
+    time, height, width = image.grid_thw
+    merge: int = model.config.vision_config.spatial_merge_size
+    return time * (height // merge) * (width // merge)
+
+
+def forest_positions(
+    model: PreTrainedModel, layout: PackedLayout, token_types: Tensor, images: Sequence[EncodedImage]
+) -> Tensor:
+    """`position_ids` for the model's forward on one packed row, on the layout's device.
+
+    int64 ``[1, T]`` for models with one row of ids; ``[4, 1, T]`` with M-RoPE: the index along the path (which attention
+    sees), then time, height, width.
+
+    token_types: int64 ``[T]``. images: in order of appearance in the row. Raises ValueError for an image whose tokens do not lie
+    in one segment, and for more or fewer images than the image tokens ask for.
+    """
+    if not uses_mrope(model):
+        return layout.position_ids.unsqueeze(0)
+    per_segment = _images_by_segment(model, layout, token_types, images)
+    # An id of a text token is its index along the path plus a shift; an image shifts all that follows it on its path.
+    first_index: list[int] = []
+    shifts: list[int] = []
+    shifts_after: list[int] = []
+    image_ids: list[tuple[int, Tensor]] = []
+    start = 0
+    for segment, (length, parent) in enumerate(zip(layout.lengths, layout.parents, strict=True)):
+        first_index.append(first_index[parent] + layout.lengths[parent] if parent >= 0 else 0)
+        shifts.append(shifts_after[parent] if parent >= 0 else 0)
+        shifts_after.append(shifts[segment])
+        if segment in per_segment:
+            relative = segment_positions(model, token_types[start : start + length], per_segment[segment])
+            image_ids.append((start, relative + (first_index[segment] + shifts[segment])))
+            shifts_after[segment] += int(relative[:, -1].max()) + 1 - length
+        start += length
+    index = layout.position_ids
+    text = index + torch.tensor(shifts, device=index.device)[layout.segment_ids]
+    positions = torch.stack((index, text, text, text))
+    for start, ids in image_ids:
+        positions[1:, start : start + ids.shape[1]] = ids.to(index.device)
+    return positions.unsqueeze(1)
+
+
+def _images_by_segment(
+    model: PreTrainedModel, layout: PackedLayout, token_types: Tensor, images: Sequence[EncodedImage]
+) -> dict[int, list[EncodedImage]]:
+    """Which images lie in which segment."""
+    owners = layout.segment_ids.cpu()[token_types.cpu() == 1]
+    counts: list[int] = torch.bincount(owners, minlength=layout.num_segments).tolist()
+    queue = list(images)
+    result: dict[int, list[EncodedImage]] = {}
+    taken = 0
+    for segment, needed in enumerate(counts):
+        while needed > 0:
+            if taken == len(queue):
+                raise ValueError(
+                    f"segment {segment} has {needed} image tokens left, but all {len(queue)} images are placed"
+                )
+            size = image_tokens(model, queue[taken])
+            if size > needed:
+                raise ValueError(
+                    f"image {taken} takes {size} tokens, but segment {segment} has {needed} image tokens left for it; "
+                    "an image must lie in one segment"
+                )
+            result.setdefault(segment, []).append(queue[taken])
+            taken += 1
+            needed -= size
+    if taken != len(queue):
+        raise ValueError(f"{len(queue)} images for tokens that hold {taken}; every image needs its image tokens")
+    return result
