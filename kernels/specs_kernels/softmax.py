@@ -66,11 +66,12 @@ class RunningSoftmax:
         self.total = old_scale * self.total + tile_scale * total
         self.maximum = new
 
-    def finish(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(m, log s, t / s), each ``[R]``; the last is None unless the entropy was asked for."""
+    def finish(self) -> tuple[Tensor, ...]:
+        """(m, log s, t / s), each ``[R]``; t / s only when the entropy was asked for."""
         assert self.maximum is not None
-        mean = None if self.weighted is None else self.weighted / self.total
-        return self.maximum, self.total.log(), mean
+        if self.weighted is None:
+            return self.maximum, self.total.log()
+        return self.maximum, self.total.log(), self.weighted / self.total
 
 
 def dscores_(

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,18 +61,19 @@ class _Head:
             z_RC.div_(self.temperature_M[rows, None])
         return z_RC
 
-    def dlogits_(self, dz_RC: Tensor, z_RC: Tensor | None, rows: slice) -> Tensor:
-        """Chain dz through temperature and softcap, in place. ``z_RC`` (overwritten) is read with a softcap only."""
+    def per_logit(self, grad_M: Tensor | None) -> Tensor | None:
+        """An upstream gradient divided by the temperature: the temperature's whole part in the chain rule."""
+        if grad_M is None:
+            return None
+        return grad_M / (self.temperature if self.temperature_M is None else self.temperature_M)
+
+    def softcap_slope(self, z_RC: Tensor, rows: slice) -> Tensor:
+        """d softcap(x) / dx = 1 - tanh(x / cap)^2 from z; overwrites z."""
+        assert self.softcap is not None
         if self.temperature_M is not None:
-            dz_RC.div_(self.temperature_M[rows, None])
-        if self.temperature != 1.0:
-            dz_RC.div_(self.temperature)
-        if self.softcap is not None and z_RC is not None:
-            if self.temperature_M is not None:
-                z_RC.mul_(self.temperature_M[rows, None])
-            tanh = z_RC.mul_(self.temperature / self.softcap)
-            dz_RC.mul_(torch.addcmul(torch.ones((), dtype=tanh.dtype, device=tanh.device), tanh, tanh, value=-1))
-        return dz_RC
+            z_RC.mul_(self.temperature_M[rows, None])
+        tanh = z_RC.mul_(self.temperature / self.softcap)
+        return torch.addcmul(torch.ones((), dtype=tanh.dtype, device=tanh.device), tanh, tanh, value=-1)
 
     @property
     def maybe_minus_inf(self) -> bool:
@@ -95,6 +96,52 @@ def _tile_sizes(num_targets: int, vocab_size: int, itemsize: int) -> tuple[int, 
 def _slices(total: int, size: int) -> Iterator[slice]:
     for start in range(0, total, size):
         yield slice(start, min(start + size, total))
+
+
+def _rows_of(vector: Tensor | None, rows: slice) -> Tensor | None:
+    return None if vector is None else vector[rows]
+
+
+class _Statistics(NamedTuple):
+    """Per kept target: its score z, and m, log s and t / s of its row (``softmax.py``)."""
+
+    z_target: Tensor
+    maximum: Tensor
+    log_total: Tensor
+    mean: Tensor | None
+
+
+def _statistics(
+    head: _Head,
+    hidden_MD: Tensor,
+    target_M: Tensor,
+    tile_sizes: tuple[int, int],
+    want_entropy: bool,
+    keep_scores: bool,
+) -> tuple[_Statistics, Tensor | None]:
+    """Statistics of all rows; with ``keep_scores`` also the only tile's z - m."""
+    row_size, column_size = tile_sizes
+    num_kept, vocab_size = target_M.shape[0], head.weight_VD.shape[0]
+    parts = [torch.empty(num_kept, dtype=head.dtype, device=hidden_MD.device) for _ in range(3 + want_entropy)]
+    shifted: Tensor | None = None
+    for rows in _slices(num_kept, row_size):
+        hidden_RD = hidden_MD[rows].to(head.dtype)
+        running = RunningSoftmax(want_entropy)
+        for columns in _slices(vocab_size, column_size):
+            z_RC = head.scores(hidden_RD, rows, columns)
+            column_R = target_M[rows] - columns.start
+            if column_size == vocab_size:
+                parts[0][rows] = z_RC.gather(1, column_R[:, None]).squeeze(1)
+            else:
+                inside = (column_R >= 0) & (column_R < z_RC.shape[1])
+                found = z_RC.gather(1, torch.where(inside, column_R, 0)[:, None]).squeeze(1)
+                parts[0][rows] = torch.where(inside, found, parts[0][rows])
+            z_RC = running.update_(z_RC, head.maybe_minus_inf)
+            if keep_scores:
+                shifted = z_RC
+        for part, values in zip(parts[1:], running.finish(), strict=False):
+            part[rows] = values
+    return _Statistics(parts[0], parts[1], parts[2], parts[3] if want_entropy else None), shifted
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -125,50 +172,20 @@ class _LinearLogprob(torch.autograd.Function):
         row_size, column_size = _tile_sizes(target_M.shape[0], vocab_size, dtype.itemsize)
         one_tile = row_size >= target_M.shape[0] and column_size == vocab_size
 
-        statistics: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
-        shifted: Tensor | None = None
-        for rows in _slices(target_M.shape[0], row_size):
-            hidden_RD = hidden_MD[rows].to(dtype)
-            running = RunningSoftmax(return_entropy)
-            z_target_R: Tensor | None = None
-            for columns in _slices(vocab_size, column_size):
-                z_RC = head.scores(hidden_RD, rows, columns)
-                column_R = target_M[rows] - columns.start
-                if column_size == vocab_size:
-                    z_target_R = z_RC.gather(1, column_R[:, None]).squeeze(1)
-                else:
-                    inside = (column_R >= 0) & (column_R < z_RC.shape[1])
-                    found = z_RC.gather(1, torch.where(inside, column_R, 0)[:, None]).squeeze(1)
-                    before = torch.zeros_like(found) if z_target_R is None else z_target_R
-                    z_target_R = torch.where(inside, found, before)
-                z_RC = running.update_(z_RC, head.maybe_minus_inf)
-                if one_tile and keep_scores:
-                    shifted = z_RC
-            assert z_target_R is not None
-            statistics.append((z_target_R, *running.finish()))
-
+        statistics, shifted = _statistics(
+            head, hidden_MD, target_M, (row_size, column_size), return_entropy, one_tile and keep_scores
+        )
         zeros = torch.zeros(num_targets, dtype=dtype, device=hidden.device)
-        if statistics:
-            z_target_M, maximum_M, log_total_M = (
-                torch.cat([part[i] for part in statistics]) if len(statistics) > 1 else statistics[0][i]  # type: ignore[misc]
-                for i in range(3)
-            )
-            mean_M = torch.cat([part[3] for part in statistics if part[3] is not None]) if return_entropy else None
-        else:
-            z_target_M = maximum_M = log_total_M = zeros.new_empty(0)
-            mean_M = zeros.new_empty(0) if return_entropy else None
 
         def spread(values_M: Tensor) -> Tensor:
             return values_M if kept is None else zeros.index_copy(0, kept, values_M)
 
-        logp = spread((z_target_M - maximum_M) - log_total_M)
-        entropy = None if mean_M is None else spread(log_total_M - mean_M)
-        lse = spread(maximum_M + log_total_M)
+        logp = spread((statistics.z_target - statistics.maximum) - statistics.log_total)
+        entropy = None if statistics.mean is None else spread(statistics.log_total - statistics.mean)
+        lse = spread(statistics.maximum + statistics.log_total)
 
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            hidden, weight, bias, target_M, temperature_M, source, kept, maximum_M, log_total_M, mean_M, shifted
-        )
+        ctx.save_for_backward(hidden, weight, bias, target_M, temperature_M, source, kept, shifted, *statistics)
         ctx.head_arguments = (temperature, softcap, logit_scale, dtype)
         ctx.tile_sizes = (row_size, column_size)
         return logp, entropy, lse
@@ -176,9 +193,7 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        (hidden, weight, bias, target_M, temperature_M, source, kept, maximum_M, log_total_M, mean_M, shifted) = (
-            ctx.saved_tensors
-        )
+        hidden, weight, bias, target_M, temperature_M, source, kept, shifted, *statistics = ctx.saved_tensors
         if all(grad is None for grad in grads):
             return (None,) * 12
         head = _Head(weight, bias, temperature_M, *ctx.head_arguments)
@@ -189,7 +204,7 @@ class _LinearLogprob(torch.autograd.Function):
                 target_M,
                 source,
                 tuple(g if g is None or kept is None else g.index_select(0, kept) for g in grads),
-                (maximum_M, log_total_M, mean_M),
+                _Statistics(*statistics),
                 shifted,
                 ctx.tile_sizes,
                 ctx.needs_input_grad[:3],
@@ -203,14 +218,14 @@ def _backward(
     target_M: Tensor,
     source: Tensor | None,
     grads: tuple[Tensor | None, ...],
-    statistics: tuple[Tensor, Tensor, Tensor | None],
+    statistics: _Statistics,
     shifted: Tensor | None,
     tile_sizes: tuple[int, int],
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of hidden, weight and bias."""
     need_hidden, need_weight, need_bias = needs
-    maximum_M, log_total_M, mean_M = statistics
+    grad_logp, grad_entropy, grad_lse = (head.per_logit(grad) for grad in grads)
     row_size, column_size = tile_sizes
     weight, dtype = head.weight_VD, head.dtype
     num_kept, vocab_size = target_M.shape[0], weight.shape[0]
@@ -225,21 +240,21 @@ def _backward(
         for rows in _slices(num_kept, row_size):
             hidden_RD = hidden_MD[rows].to(dtype)
             if shifted is None:
-                z_RC = head.scores(hidden_RD, rows, columns).sub_(maximum_M[rows, None])
+                z_RC = head.scores(hidden_RD, rows, columns).sub_(statistics.maximum[rows, None])
             else:
                 z_RC = shifted
             dz_RC = dscores_(
                 z_RC,
-                log_total_M[rows],
-                None if mean_M is None else mean_M[rows],
+                statistics.log_total[rows],
+                _rows_of(statistics.mean, rows),
                 target_M[rows] - columns.start,
-                *(None if g is None else g[rows] for g in grads),
-                maybe_minus_inf=head.maybe_minus_inf,
+                _rows_of(grad_logp, rows),
+                _rows_of(grad_entropy, rows),
+                _rows_of(grad_lse, rows),
+                head.maybe_minus_inf,
             )
-            capped = None
             if head.softcap is not None:
-                capped = z_RC + maximum_M[rows, None]
-            dz_RC = head.dlogits_(dz_RC, capped, rows)
+                dz_RC.mul_(head.softcap_slope(z_RC + statistics.maximum[rows, None], rows))
             if dhidden_MD is not None and weight_CD is not None:
                 beta = 0 if columns.start == 0 else 1
                 dhidden_MD[rows].addmm_(dz_RC, weight_CD, beta=beta, alpha=head.scale)

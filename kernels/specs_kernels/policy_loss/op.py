@@ -59,8 +59,10 @@ def policy_loss(
     """
     checks.check_float("logp", logp, 1)
     num_tokens = logp.shape[0]
-    for name, vector in (("old_logp", old_logp), ("advantage", advantage), ("ref_logp", ref_logp)):
-        if vector is not None or name == "advantage":
+    checks.check_float("advantage", advantage, 1)
+    checks.check_shape("advantage", advantage, (num_tokens,))
+    for name, vector in (("old_logp", old_logp), ("ref_logp", ref_logp)):
+        if vector is not None:
             checks.check_float(name, vector, 1)
             checks.check_shape(name, vector, (num_tokens,))
     checks.check_integer("segment_ids", segment_ids, (num_tokens,))
