@@ -69,32 +69,98 @@ def draw_scenes(digits: Sequence[Sequence[int]], looks: Sequence[Look], rng: np.
 
 
 @dataclass(frozen=True)
+class Exchange:
+    """A question and responses to it, in any styles."""
+
+    question: Question
+    responses: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Batch:
-    """input_ids int64 ``[B, L]`` right-padded; loss_mask bool ``[B, L]``, True on response tokens (end token included);
-    pixel_values float32 ``[B * patches, patch_dim]``."""
+    """Rows of small forests: image -> questions -> responses, so that an image and a question are computed once.
+
+    input_ids int64 ``[B, L]``, right-padded. depths int64 ``[B, L]``: index of a token along its own path. visible bool
+    ``[B, 1, L, L]``: key j is visible to query i where j is i or lies before it on its path. targets int64 ``[N]`` with
+    predictors int64 ``[N]``: every response token (end token included) and the flat position that predicts it.
+    pixel_values float32 ``[B * patches, patch_dim]``.
+    """
 
     input_ids: Tensor
-    loss_mask: Tensor
+    depths: Tensor
+    visible: Tensor
+    targets: Tensor
+    predictors: Tensor
     pixel_values: Tensor
 
 
-def render_prompt(text: str) -> str:
-    """What the chat template makes of an image and this text, the image placeholder already expanded."""
-    image = VISION_START + IMAGE_TOKEN * IMAGE_TOKENS + VISION_END
-    return f"{START} user {image} {text}{END}\n{START} assistant "
+def prompt_head() -> str:
+    """How every lab prompt starts: the user's turn and one image, the placeholder already expanded."""
+    return f"{START} user {VISION_START}{IMAGE_TOKEN * IMAGE_TOKENS}{VISION_END} "
+
+
+def prompt_tail(text: str) -> str:
+    """How it goes on: the question, and the turn of the assistant."""
+    return f"{text}{END}\n{START} assistant "
+
+
+class _Row:
+    """One forest under construction, in depth-first order."""
+
+    def __init__(self, head: list[int]) -> None:
+        self.ids = list(head)
+        self.depths = list(range(len(head)))
+        self.until: list[int] = [0] * len(head)
+        self.targets: list[tuple[int, int]] = []
+
+    def add(self, ids: list[int], depth: int) -> None:
+        self.ids += ids
+        self.depths += range(depth, depth + len(ids))
+        self.until += [0] * len(ids)
+
+    def close(self, start: int, length: int) -> None:
+        """The ``length`` tokens from ``start`` are visible up to here."""
+        self.until[start : start + length] = [len(self.ids)] * length
 
 
 def make_batch(
-    tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], responses: Sequence[str], scenes: Sequence[Scene]
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[Exchange]], scenes: Sequence[Scene]
 ) -> Batch:
-    """Prompt, response and end token of each row."""
-    prompts = tokenizer([render_prompt(question.text) for question in questions], add_special_tokens=False)["input_ids"]
-    answers = tokenizer([response + END for response in responses], add_special_tokens=False)["input_ids"]
-    rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
-    width = max(map(len, rows))
+    """One row per image: ``conversations[i]`` are the exchanges about ``scenes[i]``."""
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    head = encode([prompt_head()])[0]
+    exchanges = [exchange for conversation in conversations for exchange in conversation]
+    tails = iter(encode([prompt_tail(exchange.question.text) for exchange in exchanges]))
+    replies = iter(encode([text + END for exchange in exchanges for text in exchange.responses]))
+    rows = []
+    for conversation in conversations:
+        row = _Row(head)
+        for exchange in conversation:
+            tail, start = next(tails), len(row.ids)
+            row.add(tail, len(head))
+            for _ in exchange.responses:
+                reply, begin = next(replies), len(row.ids)
+                predictors = [start + len(tail) - 1, *range(begin, begin + len(reply) - 1)]
+                row.targets += zip(predictors, reply, strict=True)
+                row.add(reply, len(head) + len(tail))
+                row.close(begin, len(reply))
+            row.close(start, len(tail))
+        row.close(0, len(head))
+        rows.append(row)
+    width = max(len(row.ids) for row in rows)
     input_ids = torch.full((len(rows), width), int(tokenizer.pad_token_id))
-    loss_mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
-        input_ids[i, : len(row)] = torch.tensor(row)
-        loss_mask[i, len(prompt) : len(row)] = True
-    return Batch(input_ids, loss_mask, patchify(np.stack([scene.pixels for scene in scenes])))
+    depths = torch.zeros(len(rows), width, dtype=torch.int64)
+    until = torch.full((len(rows), width), width)
+    for i, row in enumerate(rows):
+        size = len(row.ids)
+        input_ids[i, :size], depths[i, :size] = torch.tensor(row.ids), torch.tensor(row.depths)
+        until[i, :size] = torch.tensor(row.until)
+    index = torch.arange(width)
+    visible = (index[None, None, :] <= index[None, :, None]) & (index[None, :, None] < until[:, None, :])
+    predictors = [i * width + predictor for i, row in enumerate(rows) for predictor, _ in row.targets]
+    targets = [target for row in rows for _, target in row.targets]
+    pixels = patchify(np.stack([scene.pixels for scene in scenes]))
+    return Batch(input_ids, depths, visible[:, None], torch.tensor(targets), torch.tensor(predictors), pixels)

@@ -22,12 +22,12 @@ UNSEEN_TAGS: tuple[Tags, ...] = (("reason", "final"), ("work", "reply"), ("plan"
 
 INSTRUCTIONS = (
     "Reason in <{0}> </{0}>, answer in <{1}> </{1}>.",
-    "Use <{0}> </{0}> to reason and <{1}> </{1}> to answer.",
-    "Put the reasoning in <{0}> </{0}> and the answer in <{1}> </{1}>.",
+    "Use <{0}> </{0}> and <{1}> </{1}>.",
+    "Write <{0}> reasoning </{0}> <{1}> answer </{1}>.",
 )
 UNSEEN_INSTRUCTIONS = (
-    "Put the answer in <{1}> </{1}> and the reasoning in <{0}> </{0}>.",
-    "The reasoning in <{0}> </{0}>, the answer in <{1}> </{1}>.",
+    "Use <{0}> reasoning </{0}> and <{1}> answer </{1}>.",
+    "Write the reasoning in <{0}> </{0}>, the answer in <{1}> </{1}>.",
 )
 
 RESULT = "{r}"
@@ -209,21 +209,29 @@ def write_reasoning(digits: Sequence[int], steps: str, result: str) -> str:
 def draw_question(
     rng: np.random.Generator,
     *,
-    task: str | None = None,
+    digits: Sequence[int] | None = None,
     lengths: Sequence[int] = (3, 4),
     tags: Sequence[Tags] = (ASKED_TAGS,),
     unseen_wording: bool = False,
 ) -> Question:
-    """A random question: task (uniform unless given), number of digits, digits, wording and tags."""
-    chosen = TASKS[int(rng.integers(len(TASKS)))] if task is None else TASK_BY_NAME[task]
-    count = int(rng.choice(list(lengths)))
-    digits = [int(digit) for digit in rng.integers(0, 10, count)]
-    while not chosen.accepts(digits):
-        digits = [int(digit) for digit in rng.integers(0, 10, count)]
-    k = int(rng.integers(2, 8)) if chosen.name == "above" else 0
+    """A random question: its task, digits (unless given), wording and tags.
+
+    The task is drawn uniformly; digits are drawn until the task is well posed for them. For given digits the task is drawn
+    among those that are.
+    """
+    if digits is None:
+        task = TASKS[int(rng.integers(len(TASKS)))]
+        count = int(rng.choice(list(lengths)))
+        digits = rng.integers(0, 10, count).tolist()
+        while not task.accepts(digits):
+            digits = rng.integers(0, 10, count).tolist()
+    else:
+        posed = [task for task in TASKS if task.accepts(digits)]
+        task = posed[int(rng.integers(len(posed)))]
+    k = int(rng.integers(2, 8)) if task.name == "above" else 0
     pair = tags[int(rng.integers(len(tags)))]
-    wordings = chosen.unseen if unseen_wording else chosen.wordings
+    wordings = task.unseen if unseen_wording else task.wordings
     instructions = UNSEEN_INSTRUCTIONS if unseen_wording else INSTRUCTIONS
     wording = wordings[int(rng.integers(len(wordings)))].format(k=k)
     instruction = instructions[int(rng.integers(len(instructions)))].format(*pair)
-    return Question(chosen.name, tuple(digits), k, pair, f"{wording} {instruction}")
+    return Question(task.name, tuple(digits), k, pair, f"{wording} {instruction}")
