@@ -1,6 +1,6 @@
 """Progress of anything longer than a few seconds: count, rate, time left, latest metrics.
 
-Stages take a ``Progress`` and know nothing of terminals; ``NO_PROGRESS`` is their default. The command line passes
+Stages take a ``Progress`` and know nothing of terminals; ``SILENT`` is their default. The command line passes
 ``console_progress()``: a live bar on a terminal, a line every ten seconds where output goes to a file or a CI log::
 
     with progress.track("zero", total=80) as task:
@@ -54,7 +54,7 @@ class NoProgress:
         pass
 
 
-NO_PROGRESS: Progress = NoProgress()
+SILENT: Progress = NoProgress()
 
 
 class _LineTask:

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from specs_fast.progress import (
-    NO_PROGRESS,
+    SILENT,
     BarProgress,
     LineProgress,
     console_progress,
@@ -86,9 +86,9 @@ def test_a_stream_that_is_no_terminal_gets_lines() -> None:
 
 
 def test_silent_accepts_everything() -> None:
-    with NO_PROGRESS.track("x", 3) as task:
+    with SILENT.track("x", 3) as task:
         task.advance(2, **{"completions/mean_length": 3.0})
-    NO_PROGRESS.say("nothing")
+    SILENT.say("nothing")
 
 
 @pytest.mark.parametrize(
