@@ -24,21 +24,21 @@ def check_packable(model: PreTrainedModel) -> None:
     """
     name = type(model).__name__
     config = model.config.get_text_config()
-    for index, kind in enumerate(getattr(config, "layer_types", None) or ()):
-        if kind not in _ATTENTION_LAYERS:
-            raise ValueError(
-                f"{name} cannot be packed: layer {index} is {kind!r}, which does not read a packed layout; {_WAY_OUT}"
-            )
     text = text_module(model)
     for path, module in text.named_modules():
         kind = type(module).__name__
-        if any(
+        if path and any(
             mark in kind.lower()
             for mark in ("mamba", "deltanet", "rwkv", "shortconv", "recurrent", "lightningattention")
         ):
             raise ValueError(f"{name} cannot be packed: layer {path!r} is a {kind}, a recurrent layer; {_WAY_OUT}")
         if getattr(module, "sinks", None) is not None:
             raise ValueError(f"{name} cannot be packed: layer {path!r} has attention sinks; {_WAY_OUT}")
+    for index, kind in enumerate(getattr(config, "layer_types", None) or ()):
+        if kind not in _ATTENTION_LAYERS:
+            raise ValueError(
+                f"{name} cannot be packed: layer {index} is {kind!r}, which does not read a packed layout; {_WAY_OUT}"
+            )
     if not getattr(model, "_supports_attention_backend", False):
         layer = next(
             (path for path, module in text.named_modules() if "attention" in type(module).__name__.lower()), "attention"
