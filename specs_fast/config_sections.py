@@ -259,6 +259,8 @@ class DPOConfig:
     """The cold start: DPO + nll_weight * SFT on the chosen side, from the base model.
 
     optim: see OptimConfig.
+    kind: "dpo" (the paper's), or "sft": the paper's control, supervised fine-tuning on the chosen side of the same pairs; it
+        takes no beta, label_smoothing or nll_weight.
     batch_size: pairs per optimizer step (paper: 64; 32 suits the lab).
     epochs: passes over the pairs (the paper's figures amount to 1).
     max_steps: stop after this many optimizer steps; None: all epochs.
@@ -271,6 +273,7 @@ class DPOConfig:
     """
 
     optim: OptimConfig
+    kind: Literal["dpo", "sft"] = "dpo"
     batch_size: int = 32
     epochs: int = 1
     max_steps: int | None = None

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from specs_fast.config import SpecsConfig
 from specs_fast.data.encode import Encoder, check_lengths
@@ -24,6 +25,7 @@ from specs_fast.rewards.compose import RewardSet
 from specs_fast.stages.dpo import run_dpo
 from specs_fast.stages.grpo import run_grpo
 from specs_fast.stages.pairs import run_pairs
+from specs_fast.stages.sft import run_sft
 from specs_fast.train.stage_dir import is_done, run_stage
 
 CHECKPOINTS = ("zero", "coldstart", "final")
@@ -78,20 +80,7 @@ def _run_stages(
             progress=progress,
         ),
     )
-    run_stage(
-        folders["coldstart"],
-        lambda out_dir: run_dpo(
-            config.coldstart,
-            config.model,
-            stage="coldstart",
-            model_dir=base_dir,
-            pairs=load_pairs(folders["pairs"] / "pairs.jsonl"),
-            out_dir=out_dir,
-            cache_dir=out_dir.parent / "cache",
-            seed=config.seed,
-            progress=progress,
-        ),
-    )
+    run_stage(folders["coldstart"], lambda out_dir: _cold_start(config, base_dir, folders["pairs"], out_dir, progress))
     run_stage(
         folders["final"],
         lambda out_dir: run_grpo(
@@ -105,6 +94,35 @@ def _run_stages(
             seed=config.seed,
             progress=progress,
         ),
+    )
+
+
+def _cold_start(
+    config: SpecsConfig, base_dir: Path, pairs_dir: Path, out_dir: Path, progress: Progress
+) -> dict[str, Any]:
+    """DPO + SFT from base on the pairs, or the control: SFT on their chosen side."""
+    pairs = load_pairs(pairs_dir / "pairs.jsonl")
+    if config.coldstart.kind == "sft":
+        return run_sft(
+            config.coldstart,
+            config.model,
+            stage="coldstart",
+            model_dir=base_dir,
+            rows=[(pair.prompt, pair.chosen) for pair in pairs],
+            out_dir=out_dir,
+            seed=config.seed,
+            progress=progress,
+        )
+    return run_dpo(
+        config.coldstart,
+        config.model,
+        stage="coldstart",
+        model_dir=base_dir,
+        pairs=pairs,
+        out_dir=out_dir,
+        cache_dir=out_dir.parent / "cache",
+        seed=config.seed,
+        progress=progress,
     )
 
 
