@@ -16,7 +16,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 
-from specs_fast.report.run_data import MODEL_TITLES, MODELS, Evaluation
+from specs_fast.report.run_data import MODEL_TITLES, Evaluation
 
 MODES = ("sampled", "greedy")
 METRIC_TITLES = {
@@ -44,7 +44,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One metric of one split under one way of decoding, for every model; None where a model is not evaluated."""
+    """One metric of one split under one way of decoding, for every evaluated model; None where a model has no such value."""
 
     split: str
     mode: str
@@ -58,7 +58,10 @@ class Row:
 
 
 def before_after(evaluations: Mapping[str, Evaluation]) -> list[Row]:
-    """Rows split by split, sampled before greedy: any style, strict, format, pass@k (pass@1 where it is not one of these)."""
+    """Rows split by split, sampled before greedy: any style, strict, format, pass@k (pass@1 where it is not one of these).
+
+    ``evaluations``: model name to evaluation; a model named ``base`` is what the others are compared to.
+    """
     rows = []
     for split in _in_order(evaluations, "splits"):
         for mode in MODES:
@@ -72,7 +75,7 @@ def before_after(evaluations: Mapping[str, Evaluation]) -> list[Row]:
 
 def _same(row: Row, other: Row) -> bool:
     """Whether another row shows the same values."""
-    pairs = [(row.cells[name], other.cells[name]) for name in MODELS]
+    pairs = [(row.cells[name], other.cells[name]) for name in row.cells]
     return row is not other and all(
         (a is None) == (b is None) and (a is None or b is None or abs(a.value - b.value) < 1e-9) for a, b in pairs
     )
@@ -109,7 +112,7 @@ def console_tables(rows: Sequence[Row]) -> Group:
     tables: list[Table | str] = []
     for split in splits_of(rows):
         part = [row for row in rows if row.split == split]
-        shown = [name for name in MODELS if any(row.cells.get(name) for row in part)]
+        shown = list(part[0].cells)
         last = shown[-1] if len(shown) > 1 and shown[0] == "base" else None
         table = Table(
             title=f"{split}: {max(row.prompts for row in part):,} held-out questions, percent ± standard error",
@@ -120,7 +123,7 @@ def console_tables(rows: Sequence[Row]) -> Group:
         )
         table.add_column("", no_wrap=True)
         for name in shown:
-            table.add_column(MODEL_TITLES[name], justify="right", no_wrap=True)
+            table.add_column(MODEL_TITLES.get(name, name), justify="right", no_wrap=True)
         if last:
             table.add_column("change", justify="right", no_wrap=True)
         mode = ""
@@ -138,15 +141,14 @@ def _row(evaluations: Mapping[str, Evaluation], split: str, mode: str, metric: s
     cells: dict[str, Cell | None] = {}
     base_marks: dict[str, float] = {}
     prompts = 0
-    for name in MODELS:
-        block = _block(evaluations[name], split, mode) if name in evaluations else {}
-        value = block.get(metric)
+    for name, evaluation in evaluations.items():
+        value = _block(evaluation, split, mode).get(metric)
         if not isinstance(value, int | float):
             cells[name] = None
             continue
-        count = int(evaluations[name].summary["splits"][split].get("n", 0))
+        count = int(evaluation.summary["splits"][split].get("n", 0))
         prompts = max(prompts, count)
-        marks = prompt_means(evaluations[name].rows, split, mode, metric)
+        marks = prompt_means(evaluation.rows, split, mode, metric)
         error = _spread(list(marks.values())) if marks else math.sqrt(max(0.0, value * (1 - value)) / max(1, count))
         delta = delta_error = None
         if name == "base":

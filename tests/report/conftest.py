@@ -10,6 +10,7 @@ import math
 import random
 import sys
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,13 @@ def _jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+@lru_cache
+def scans() -> Any:
+    return load_digits()
+
+
 def _question(folder: Path, split: str, index: int, rng: random.Random) -> dict[str, Any]:
-    digits = load_digits()
+    digits = scans()
     count = 5 if split == "ood_long" else rng.choice((3, 4))
     chosen = [rng.randrange(len(digits.target)) for _ in range(count)]
     canvas = np.zeros((32, 24 * max(count, 4)), dtype=np.uint8)
