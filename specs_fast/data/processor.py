@@ -37,7 +37,9 @@ class ImageTextProcessor(ProcessorMixin):
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
-            raise ValueError(f"the tokenizer has no token {IMAGE_TOKEN!r}, which stands for an image in a prompt; add it")
+            raise ValueError(
+                f"the tokenizer has no token {IMAGE_TOKEN!r}, which stands for an image in a prompt; add it"
+            )
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:

@@ -66,7 +66,9 @@ def unpack_base(folder: Path, source: Path = BASE_MODEL) -> Path:
     Raises ValueError where the package carries no base (a checkout without it): the command that makes one is named.
     """
     if not (source / WEIGHTS).is_file():
-        raise ValueError(f"{source} holds no {WEIGHTS}; make the base with: python -m specs_fast.lab.base --out {source}")
+        raise ValueError(
+            f"{source} holds no {WEIGHTS}; make the base with: python -m specs_fast.lab.base --out {source}"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
         if file.is_file() and file.name != WEIGHTS:
@@ -111,19 +113,28 @@ class _Report:
             self.stage, self.started, self.first = stage, time.monotonic(), step - 1
         if step % 50 == 0 or step == steps:
             rate = (step - self.first) / max(1e-9, time.monotonic() - self.started)
-            print(f"{stage} {step}/{steps} loss {loss:.3f} {rate:.1f} steps/s {(steps - step) / rate:.0f} s left", flush=True)
+            print(
+                f"{stage} {step}/{steps} loss {loss:.3f} {rate:.1f} steps/s {(steps - step) / rate:.0f} s left",
+                flush=True,
+            )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line of ``python -m specs_fast.lab.base``."""
-    parser = argparse.ArgumentParser(prog="python -m specs_fast.lab.base", description="Pre-train the lab's base model.")
+    parser = argparse.ArgumentParser(
+        prog="python -m specs_fast.lab.base", description="Pre-train the lab's base model."
+    )
     default = Recipe()
-    parser.add_argument("--out", type=Path, default=BASE_MODEL, help="model folder to write (default: inside the package)")
+    parser.add_argument(
+        "--out", type=Path, default=BASE_MODEL, help="model folder to write (default: inside the package)"
+    )
     parser.add_argument("--seed", type=int, default=default.seed)
     parser.add_argument("--vision-steps", type=int, default=default.vision_steps)
     parser.add_argument("--skill-steps", type=int, default=default.skill_steps)
     parser.add_argument("--style-steps", type=int, default=default.style_steps)
-    parser.add_argument("--questions", type=int, default=400, help="questions per split to measure with; 0 skips measuring")
+    parser.add_argument(
+        "--questions", type=int, default=400, help="questions per split to measure with; 0 skips measuring"
+    )
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)

@@ -39,7 +39,7 @@ def load_scans(split: Split) -> Scans:
     """
     if split not in ("train", "test"):
         raise ValueError(f"split {split!r} is not one of 'train', 'test'")
-    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+    from sklearn.datasets import load_digits
 
     data = load_digits()
     indices = np.arange(len(data.target))

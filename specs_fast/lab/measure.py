@@ -62,7 +62,9 @@ def respond(
         for start in range(0, len(examples), batch_size):
             batch = examples[start : start + batch_size]
             openings = [opening.format(*question.tags) for question, _ in batch]
-            prompts = [_prompt(processor, question) + first for (question, _), first in zip(batch, openings, strict=True)]
+            prompts = [
+                _prompt(processor, question) + first for (question, _), first in zip(batch, openings, strict=True)
+            ]
             inputs = processor(
                 text=prompts,
                 images=[[scene.image()] for _, scene in batch],

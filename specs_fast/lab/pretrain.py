@@ -101,7 +101,9 @@ def train_vision(
         looks = [VARIED if rng.random() < 0.7 else PLAIN for _ in digits]
         scenes = draw_scenes(digits, looks, rng)
         target = cell_targets(scenes, digits)
-        seen = tower(patchify(np.stack([scene.pixels for scene in scenes])), grid_thw=grid(len(scenes)), return_dict=True)
+        seen = tower(
+            patchify(np.stack([scene.pixels for scene in scenes])), grid_thw=grid(len(scenes)), return_dict=True
+        )
         features = torch.cat([seen.pooler_output, *seen.deepstack_features], dim=-1)
         logits = head(features).view(len(scenes), IMAGE_TOKENS, NO_DIGIT + 1)
         loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(0, 1))
@@ -144,7 +146,11 @@ def lab_positions(model: Qwen3VLForConditionalGeneration, tokenizer: PreTrainedT
 
 
 def draw_language_batch(
-    tokenizer: PreTrainedTokenizerBase, recipe: Recipe, styles: dict[str, float], mistakes: Mistakes, rng: np.random.Generator
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    styles: dict[str, float],
+    mistakes: Mistakes,
+    rng: np.random.Generator,
 ) -> Batch:
     """Fresh images, questions about each, and responses to each question in independent styles."""
     conversations, looks = [], []
@@ -155,7 +161,9 @@ def draw_language_batch(
             pair = ASKED_TAGS if rng.random() < recipe.asked_tags else OTHER_TAGS[int(rng.integers(len(OTHER_TAGS)))]
             question = draw_question(rng, digits=digits, tags=(pair,))
             drawn = [draw_style(rng, styles) for _ in range(recipe.responses_per_question)]
-            exchanges.append(Exchange(question, tuple(write_response(question, style, rng, mistakes) for style in drawn)))
+            exchanges.append(
+                Exchange(question, tuple(write_response(question, style, rng, mistakes) for style in drawn))
+            )
         conversations.append(exchanges)
         looks.append(VARIED if rng.random() < recipe.varied else PLAIN)
     scenes = draw_scenes([conversation[0].question.digits for conversation in conversations], looks, rng)

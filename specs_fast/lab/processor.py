@@ -26,9 +26,9 @@ PIECE = r"</?[A-Za-z_]+>|\\[A-Za-z]+|[0-9]+|[A-Za-z]+|[^\sA-Za-z0-9]"
 """What becomes one token."""
 
 RESPONSE_WORDS = (
-    "i see the largest smallest is at position larger than none even sorted totals first last so answer Answer . , : ; = + - < > "
-    "? ! ( ) [ ] { } * $ ' \" # / \\boxed \\( \\) final Final Thus Therefore therefore The So I reasoning Reasoning result Result "
-    "because we get digits digit are user assistant system"
+    "i see the largest smallest is at position larger than none even sorted totals first last so answer Answer . , : ; = + - "
+    "< > ? ! ( ) [ ] { } * $ ' \" # / \\boxed \\( \\) final Final Thus Therefore therefore The So I reasoning Reasoning result "
+    "Result because we get digits digit are user assistant system"
 )
 
 CHAT_TEMPLATE = (

@@ -104,7 +104,7 @@ TASKS: tuple[Task, ...] = (
             "Where is the largest digit?",
             "Which position has the largest digit?",
         ),
-        ("What is the position of the largest digit?", "The largest digit is at which position?"),
+        ("What is the position of the largest digit?", "Which is the position of the largest digit?"),
         _position,
         lambda digits: list(digits).count(max(digits)) == 1,
     ),

@@ -36,9 +36,7 @@ class Look:
 
 
 PLAIN = Look()
-VARIED = Look(
-    lift=7.0, scale=(0.82, 1.15), angle=14.0, noise=(0.0, 30.0), invert=0.15, contrast=(0.6, 1.0), speckles=6
-)
+VARIED = Look(lift=7.0, scale=(0.82, 1.15), angle=14.0, noise=(0.0, 30.0), invert=0.15, contrast=(0.6, 1.0), speckles=6)
 SCATTERED = Look(lift=8.0, scale=(0.78, 1.2), angle=18.0)
 NOISY = Look(noise=(25.0, 45.0), invert=0.5, contrast=(0.6, 0.9), speckles=8)
 
