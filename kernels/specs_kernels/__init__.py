@@ -7,6 +7,7 @@
 
 from specs_kernels.layout import PackedLayout
 from specs_kernels.linear_logprob import linear_logprob
+from specs_kernels.packed_attention import packed_attention
 from specs_kernels.policy_loss import policy_loss
 from specs_kernels.preference_loss import preference_loss
 from specs_kernels.results import TokenLogprobs
@@ -17,6 +18,7 @@ __all__ = [
     "PackedLayout",
     "TokenLogprobs",
     "linear_logprob",
+    "packed_attention",
     "policy_loss",
     "preference_loss",
 ]

@@ -46,6 +46,8 @@ class PackedLayout:
     """Tokens per segment, on the host."""
     parents: tuple[int, ...]
     """Parent of each segment or -1, on the host."""
+    subtree_ends: tuple[int, ...]
+    """End of each segment's subtree: one past the last token of its last descendant, on the host."""
     bidirectional: tuple[tuple[int, int], ...]
     """Half-open bidirectional token ranges sorted by start, on the host."""
     cache: dict[Any, Any] = field(default_factory=dict, init=False)
@@ -106,6 +108,7 @@ class PackedLayout:
             predictor_index=predictor_index,
             lengths=tuple(length_list),
             parents=tuple(parent_list),
+            subtree_ends=tuple(ends),
             bidirectional=tuple(spans),
         )
         return layout if device is None else layout.to(device)
@@ -139,6 +142,7 @@ class PackedLayout:
             predictor_index=self.predictor_index.to(target),
             lengths=self.lengths,
             parents=self.parents,
+            subtree_ends=self.subtree_ends,
             bidirectional=self.bidirectional,
         )
 

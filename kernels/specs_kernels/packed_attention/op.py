@@ -1,0 +1,104 @@
+"""The public ``packed_attention``: what it accepts, and which backend it calls."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from specs_kernels import checks
+from specs_kernels.dispatch import choose
+from specs_kernels.layout import PackedLayout
+from specs_kernels.packed_attention.chunked import packed_attention_chunked
+from specs_kernels.packed_attention.reference import packed_attention_reference
+
+
+@overload
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: PackedLayout,
+    *,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    window: int | None = ...,
+    return_lse: Literal[False] = ...,
+    backend: str = ...,
+) -> Tensor: ...
+@overload
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: PackedLayout,
+    *,
+    scale: float | None = ...,
+    softcap: float | None = ...,
+    window: int | None = ...,
+    return_lse: Literal[True],
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: PackedLayout,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention where each token sees its own segment causally and all ancestors of its segment.
+
+    For query token i and key token j visible to it (``layout.visible_from[j] <= i < layout.visible_until[j]``, and with
+    a window W also ``position_ids[i] - position_ids[j] < W``)::
+
+        score_ij = scale * q_i . k_j              or   softcap * tanh(scale * q_i . k_j / softcap)
+        lse_i    = log sum_j exp score_ij         out_i = sum_j exp(score_ij - lse_i) v_j
+
+    query: ``[T, H, Dh]``; key, value: ``[T, Hkv, Dh]`` with H a multiple of Hkv (query heads h*H/Hkv to (h+1)*H/Hkv - 1
+        use key head h, as in transformers); fp16, bf16, fp32 or fp64, any strides. T = 0 is legal.
+    scale: None is 1/sqrt(Dh). softcap: a number above 0 or None. window: an int >= 1, counting the token itself.
+    backend: "auto", "chunked" or "reference".
+
+    Returns out ``[T, H, Dh]`` in the query's dtype, and with ``return_lse`` also lse ``[T, H]``, fp32 (fp64 for fp64
+    inputs). Gradients flow to query, key and value from both outputs; differentiable once.
+    Numerics: fp32 (fp64) throughout, one rounding of each result; deterministic. A segment's result does not depend,
+    bit for bit, on what its siblings' tokens hold.
+
+    Raises ValueError for wrong shapes, dtypes or devices, and for scale, softcap or window out of range.
+    """
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        checks.check_float(name, tensor, 3)
+    if not isinstance(layout, PackedLayout):
+        raise ValueError(f"layout must be a PackedLayout; got {type(layout).__name__}")
+    num_tokens, num_heads, head_dim = query.shape
+    if num_tokens != layout.num_tokens:
+        raise ValueError(f"query has {num_tokens} tokens but the layout has {layout.num_tokens}")
+    num_kv_heads = key.shape[1]
+    checks.check_shape("key", key, (num_tokens, num_kv_heads, head_dim))
+    checks.check_shape("value", value, (num_tokens, num_kv_heads, head_dim))
+    if num_heads == 0 or num_kv_heads == 0 or num_heads % num_kv_heads or head_dim == 0:
+        raise ValueError(
+            f"query has {num_heads} heads of {head_dim} and key {num_kv_heads}; need Dh >= 1, Hkv >= 1, "
+            "and H a multiple of Hkv"
+        )
+    checks.check_same_dtype(query=query, key=key, value=value)
+    checks.check_same_device(query=query, key=key, value=value, layout=layout.segment_ids)
+    if scale is None:
+        scale = 1.0 / math.sqrt(head_dim)
+    checks.check_finite("scale", scale)
+    if softcap is not None:
+        checks.check_positive("softcap", softcap)
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+        raise ValueError(f"window must be an int of at least 1 (it counts the token itself) or None; got {window!r}")
+    reference = choose("packed_attention", backend).backend == "reference"
+    run = packed_attention_reference if reference else packed_attention_chunked
+    with torch.autocast(query.device.type, enabled=False):
+        out, lse = run(query, key, value, layout, float(scale), softcap, window)
+    return (out, lse) if return_lse else out
