@@ -12,7 +12,7 @@ import random
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from specs_fast.data.types import Prompt
 from specs_fast.progress import SILENT, Progress
 from specs_fast.rewards.accuracy import answers_equal
 from specs_fast.rewards.consistency import load_judge
-from specs_fast.rewards.corruption import corrupt
+from specs_fast.rewards.corruption import corrupt_by_mix
 from specs_fast.rewards.extract import extract_any
 from specs_fast.rewards.format import parse_response
 from specs_fast.stages.common import Policy, dump, stage_seed
@@ -136,20 +136,13 @@ def filter_chosen(
         parsed = [(text, parse_response(text, prompt.tags)) for text in texts]
         parsed = [(text, parts) for text, parts in parsed if parts.ok and _tag_answer_correct(prompt, parts.answer)]
         counts["format"] += len(parsed)
-        kept.append([text for text, parts in parsed if _agrees(judge, parts.reasoning, parts.answer, prompt)])
+        kept.append([text for text, parts in parsed if judge(str(parts.reasoning), str(parts.answer))])
         counts["consistent"] += len(kept[-1])
     return kept, counts
 
 
 def _tag_answer_correct(prompt: Prompt, answer: str | None) -> bool:
     return answer is not None and answers_equal(answer, str(prompt.columns["answer"]))
-
-
-def _agrees(judge: Callable[..., bool], reasoning: str | None, answer: str | None, prompt: Prompt) -> bool:
-    verdict = judge(reasoning, answer)
-    if not isinstance(verdict, bool):
-        raise ValueError(f"{prompt.source}: the judge returned {verdict!r}; pairs.judge must return True or False")
-    return verdict
 
 
 def pair_rows(
@@ -162,19 +155,17 @@ def pair_rows(
 ) -> tuple[list[dict[str, Any]], Counter[str]]:
     """One row per prompt that has both sides, a seeded draw of each, and how often each corruption was used."""
     kinds: Counter[str] = Counter()
-    rows = []
-    names = [name for name, weight in config.corruptions.items() if weight > 0]
-    weights = [config.corruptions[name] for name in names]
+    rows: list[dict[str, Any]] = []
     for prompt, good, bad in zip(prompts, chosen, rejected, strict=True):
         if not good or not bad:
             continue
         rng = random.Random(f"{seed}/{prompt.id}")
-        kind = rng.choices(names, weights)[0]
         preferred = rng.choice(good)
-        broken = corrupt(rng.choice(bad), prompt.tags, kind, rng)
-        if broken is None or broken == preferred:
-            kinds["not applicable"] += 1
+        drawn = corrupt_first(rng.sample(bad, len(bad)), prompt, config, rng)
+        if drawn is None:
+            kinds["none applies"] += 1
             continue
+        kind, broken = drawn
         kinds[kind] += 1
         rows.append(
             {
@@ -188,6 +179,15 @@ def pair_rows(
             }
         )
     return rows, kinds
+
+
+def corrupt_first(texts: list[str], prompt: Prompt, config: PairsConfig, rng: random.Random) -> tuple[str, str] | None:
+    """(kind, corrupted text) of the first response to which some corruption of the mix applies."""
+    for text in texts:
+        drawn = corrupt_by_mix(text, prompt.tags, config.corruptions, rng)
+        if drawn is not None:
+            return drawn
+    return None
 
 
 def assistant(text: str) -> list[dict[str, Any]]:
