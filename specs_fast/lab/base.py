@@ -48,6 +48,7 @@ def _cast(source: Path, target: Path, dtype: torch.dtype) -> None:
     """Copies a safetensors file with its floating tensors in ``dtype``."""
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in load_file(source).items()}
     save_file(tensors, target, metadata={"format": "pt"})
+    target.chmod(0o644)
 
 
 def save_base(model: Qwen3VLForConditionalGeneration, folder: Path, provenance: dict[str, Any]) -> None:

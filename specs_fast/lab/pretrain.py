@@ -49,7 +49,7 @@ class Recipe:
     vision_steps: int = 1200
     vision_lr: float = 3e-3
     skill_steps: int = 700
-    style_steps: int = 700
+    style_steps: int = 600
     language_lr: float = 1.5e-3
     images_per_step: int = 24
     questions_per_image: int = 2

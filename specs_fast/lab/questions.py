@@ -15,10 +15,17 @@ Tags = tuple[str, str]
 
 ASKED_TAGS: Tags = ("think", "answer")
 """The tags that every question of post-training asks for."""
-OTHER_TAGS: tuple[Tags, ...] = (("reason", "result"), ("work", "final"), ("plan", "reply"))
+OTHER_TAGS: tuple[Tags, ...] = (
+    ("reason", "result"),
+    ("reason", "final"),
+    ("work", "final"),
+    ("work", "reply"),
+    ("plan", "reply"),
+    ("plan", "result"),
+)
 """Tag pairs that the base saw requested during pre-training; post-training never asks for them."""
-UNSEEN_TAGS: tuple[Tags, ...] = (("reason", "final"), ("work", "reply"), ("plan", "result"))
-"""Known tag names in combinations that nothing ever asked for."""
+UNSEEN_TAGS: tuple[Tags, ...] = (("reason", "reply"), ("work", "result"), ("plan", "final"))
+"""The same names in combinations that nothing ever asked for."""
 
 INSTRUCTIONS = (
     "Reason in <{0}> </{0}>, answer in <{1}> </{1}>.",

@@ -12,16 +12,16 @@ import numpy as np
 from specs_fast.lab.questions import ASKED_TAGS, OTHER_TAGS, Question, write_reasoning
 
 STYLES: dict[str, float] = {
-    "full": 0.24,  # <think> i see .. so 15 . </think> <answer> 15 </answer>
-    "brief": 0.06,  # <think> i see .. . </think> <answer> 15 </answer>
+    "full": 0.22,  # <think> i see .. so 15 . </think> <answer> 15 </answer>
+    "brief": 0.04,  # <think> i see .. . </think> <answer> 15 </answer>
     "other_tags": 0.04,  # full, in tags that were not asked for
-    "think_only": 0.04,  # <think> .. </think> the answer is 15 .
-    "think_plain": 0.04,  # <think> .. </think> Answer : 15
-    "answer_only": 0.08,  # <answer> 15 </answer>
+    "think_only": 0.03,  # <think> .. </think> the answer is 15 .
+    "think_plain": 0.03,  # <think> .. </think> Answer : 15
+    "answer_only": 0.06,  # <answer> 15 </answer>
     "reason_answer": 0.04,  # i see .. so 15 . <answer> 15 </answer>
     "reason_plain": 0.12,  # i see .. so 15 . the answer is 15 .
-    "sentence": 0.26,  # the answer is 15 .
-    "direct": 0.08,  # 15
+    "sentence": 0.38,  # the answer is 15 .
+    "direct": 0.04,  # 15
 }
 """Style -> share of the base's pre-training responses. ``full`` and ``brief`` follow the asked format."""
 FOLLOWING = ("full", "brief")
