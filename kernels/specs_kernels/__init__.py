@@ -11,6 +11,7 @@ from specs_kernels.packed_attention import packed_attention
 from specs_kernels.policy_loss import policy_loss
 from specs_kernels.preference_loss import preference_loss
 from specs_kernels.results import TokenLogprobs
+from specs_kernels.selective_logprob import selective_logprob
 
 __version__ = "0.1.0"
 
@@ -21,4 +22,5 @@ __all__ = [
     "packed_attention",
     "policy_loss",
     "preference_loss",
+    "selective_logprob",
 ]

@@ -113,7 +113,8 @@ def plan_for(layout: PackedLayout, num_heads: int, num_kv_heads: int, window: in
     cache_key = ("packed_attention.chunked", num_heads, num_kv_heads, window)
     plan = layout.cache.get(cache_key)
     if plan is None:
-        plan = layout.cache[cache_key] = _build(layout, num_heads, num_kv_heads, window)
+        with torch.inference_mode(False):  # the first call may be a rollout's, the next one a training step's
+            plan = layout.cache[cache_key] = _build(layout, num_heads, num_kv_heads, window)
     return plan
 
 
