@@ -1,0 +1,135 @@
+"""The cold start: first-step values are known, cuts do not change gradients, reference log-probs are cached by content."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from specs_fast.config import DPOConfig, ModelConfig, OptimConfig
+from specs_fast.data.rows import load_prompts
+from specs_fast.data.types import Pair
+from specs_fast.lab import LabPaths
+from specs_fast.progress import SILENT
+from specs_fast.stages.common import Policy
+from specs_fast.stages.dpo import batch_gradient, cache_key, pair_tree, reference_logps, run_dpo
+from specs_fast.stages.sft import batch_gradient as sft_gradient
+from specs_fast.stages.sft import run_sft
+from specs_fast.train.stage_dir import fingerprint
+
+CONFIG = DPOConfig(optim=OptimConfig(lr=3e-4), batch_size=4, epochs=2)
+MODEL = ModelConfig(path="unused")
+
+
+@pytest.fixture(scope="module")
+def pairs(mini_lab: LabPaths) -> list[Pair]:
+    prompts = load_prompts(mini_lab.train)[:6]
+    good = "<think> i see 3 7 . 3 + 7 = 10 . </think> <answer> 10 </answer>"
+    return [Pair(prompt, good, "i see 3 7 . the answer is 10") for prompt in prompts]
+
+
+def gradient(policy: Policy, pairs: list[Pair], config: DPOConfig, reference: list[torch.Tensor]) -> torch.Tensor:
+    policy.model.zero_grad(set_to_none=True)
+    batch_gradient(policy, [pair_tree(policy, pair) for pair in pairs], reference, config)
+    return torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None])
+
+
+def test_the_first_step_has_margin_zero_and_loss_ln2_plus_nll(
+    mini_lab: LabPaths, pairs: list[Pair], tmp_path: Path
+) -> None:
+    policy = Policy.load(mini_lab.base_dir, MODEL, trainable=True)
+    trees = [pair_tree(policy, pair) for pair in pairs]
+    reference = policy.score_in_batches(trees, 4096)
+    metrics = batch_gradient(policy, trees, reference, CONFIG)
+    chosen = [logp[: tree.responses[0].shape[0]].mean() for logp, tree in zip(reference, trees, strict=True)]
+    nll = -float(torch.stack(chosen).mean())
+    assert metrics["rewards/margins"] == pytest.approx(0.0, abs=1e-5)
+    assert metrics["loss"] == pytest.approx(math.log(2) + nll, rel=1e-4)
+
+
+@pytest.mark.parametrize("nll_mode", ["sequence", "token"])
+def test_micro_batches_and_packing_never_change_the_gradient(
+    mini_lab: LabPaths, pairs: list[Pair], nll_mode: str
+) -> None:
+    config = replace(CONFIG, nll_mode=nll_mode)  # type: ignore[arg-type]
+    policy = Policy.load(mini_lab.base_dir, MODEL, trainable=True)
+    longer = [*pairs[:5], replace(pairs[5], chosen=pairs[5].chosen.replace("3 + 7 = 10 .", "3 + 7 = 10 . so 10 ."))]
+    reference = policy.score_in_batches([pair_tree(policy, pair) for pair in longer], 4096)
+    whole = gradient(policy, longer, config, reference)
+    cut = gradient(policy, longer, replace(config, micro_batch_tokens=1), reference)
+    policy.packing = "none"
+    padded = gradient(policy, longer, config, reference)
+    assert float((cut - whole).norm() / whole.norm()) < 1e-5
+    assert float((padded - whole).norm() / whole.norm()) < 1e-5
+
+
+def test_reference_log_probs_are_cached_by_content(mini_lab: LabPaths, pairs: list[Pair], tmp_path: Path) -> None:
+    policy = Policy.load(mini_lab.base_dir, MODEL, trainable=False)
+    trees = [pair_tree(policy, pair) for pair in pairs]
+    first, cached = reference_logps(policy, trees, "base", CONFIG, tmp_path, SILENT, "coldstart")
+    again, hit = reference_logps(policy, trees, "base", CONFIG, tmp_path, SILENT, "coldstart")
+    assert not cached and hit and all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    other = [pair_tree(policy, replace(pairs[0], rejected="the answer is 11")), *trees[1:]]
+    keys = {cache_key(trees, "base", policy), cache_key(trees, "other", policy), cache_key(other, "base", policy)}
+    assert len(keys) == 3
+
+
+def test_a_run_raises_the_margin_and_keeps_the_chosen_likely(
+    mini_lab: LabPaths, pairs: list[Pair], tmp_path: Path
+) -> None:
+    config = replace(CONFIG, epochs=6)
+    (tmp_path / "out").mkdir()
+    summary = run_dpo(
+        config,
+        MODEL,
+        stage="coldstart",
+        model_dir=mini_lab.base_dir,
+        pairs=pairs,
+        out_dir=tmp_path / "out",
+        cache_dir=tmp_path / "cache",
+        seed=0,
+    )
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert summary["steps"] == len(rows) == 12
+    assert rows[-1]["rewards/margins"] > 0.1 and rows[-1]["rewards/chosen"] > 0
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert {"rewards/rejected", "rewards/accuracies", "logps/chosen", "logps/rejected", "entropy"} <= rows[0].keys()
+
+
+def test_pairs_of_another_model_are_refused(mini_lab: LabPaths, pairs: list[Pair], tmp_path: Path) -> None:
+    def marked(origin: str) -> list[Pair]:
+        prompt = replace(pairs[0].prompt, columns={**pairs[0].prompt.columns, "base_model": origin})
+        return [replace(pairs[0], prompt=prompt), *pairs[1:]]
+
+    arguments = {"stage": "coldstart", "model_dir": mini_lab.base_dir, "cache_dir": tmp_path, "seed": 0}
+    with pytest.raises(ValueError, match=r"train\.jsonl:1: made by base model 0123456789abcdef"):
+        run_dpo(CONFIG, MODEL, pairs=marked("0123456789abcdef"), out_dir=tmp_path, **arguments)  # type: ignore[arg-type]
+    own = marked(fingerprint(mini_lab.base_dir))
+    run_dpo(replace(CONFIG, max_steps=1), MODEL, pairs=own, out_dir=tmp_path, **arguments)  # type: ignore[arg-type]
+
+
+def test_sft_is_the_nll_term_of_the_cold_start(mini_lab: LabPaths, pairs: list[Pair], tmp_path: Path) -> None:
+    policy = Policy.load(mini_lab.base_dir, MODEL, trainable=True)
+    trees = [pair_tree(policy, pair) for pair in pairs]
+    chosen = [replace(tree, responses=tree.responses[:1]) for tree in trees]
+    metrics = sft_gradient(policy, chosen, CONFIG)
+    logps = policy.score_in_batches(chosen, 4096)
+    assert metrics["loss"] == pytest.approx(-float(torch.stack([logp.mean() for logp in logps]).mean()), rel=1e-5)
+    rows = [(pair.prompt, pair.chosen) for pair in pairs]
+    run_sft(CONFIG, MODEL, stage="sft", model_dir=mini_lab.base_dir, rows=rows, out_dir=tmp_path, seed=0)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+    with pytest.raises(ValueError, match="response is empty"):
+        run_sft(
+            CONFIG,
+            MODEL,
+            stage="sft",
+            model_dir=mini_lab.base_dir,
+            rows=[(pairs[0].prompt, " ")],
+            out_dir=tmp_path,
+            seed=0,
+        )

@@ -1,0 +1,136 @@
+"""GRPO: what a step computes does not depend on how it is cut, and groups without variance teach nothing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from specs_fast.config import GRPOConfig, ModelConfig, OptimConfig, RewardConfig, SamplingConfig
+from specs_fast.data.rows import load_prompts
+from specs_fast.data.types import Prompt
+from specs_fast.lab import LabPaths
+from specs_fast.rewards.compose import RewardSet
+from specs_fast.stages.common import Policy
+from specs_fast.stages.grpo import Rollouts, collect, minibatch_gradient, run_grpo
+
+CONFIG = GRPOConfig(
+    steps=2,
+    prompts_per_step=4,
+    group_size=4,
+    minibatches=2,
+    optim=OptimConfig(lr=1e-4),
+    sampling=SamplingConfig(max_new_tokens=24),
+    log_completions_every=1,
+)
+MODEL = ModelConfig(path="unused")
+
+
+@pytest.fixture(scope="module")
+def prompts(mini_lab: LabPaths) -> list[Prompt]:
+    return load_prompts(mini_lab.train)
+
+
+def rollouts_of(policy: Policy, prompts: list[Prompt], config: GRPOConfig = CONFIG) -> Rollouts:
+    with RewardSet.from_config([RewardConfig("format"), RewardConfig("accuracy")]) as rewards:
+        reference = policy if config.beta > 0 else None
+        return collect(policy, reference, prompts[:4], rewards, config, seed=3)
+
+
+def gradient(policy: Policy, rollouts: Rollouts, config: GRPOConfig) -> tuple[torch.Tensor, dict[str, float]]:
+    policy.model.zero_grad(set_to_none=True)
+    metrics = minibatch_gradient(policy, rollouts, list(range(4)), config)
+    flat = [p.grad.flatten() for p in policy.model.parameters() if p.grad is not None]
+    return torch.cat(flat), metrics
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("aggregation", ["dapo", "grpo", "dr_grpo"])
+def test_micro_batches_and_packing_never_change_the_gradient(
+    mini_lab: LabPaths, prompts: list[Prompt], aggregation: str
+) -> None:
+    config = replace(CONFIG, aggregation=aggregation, beta=0.04)  # type: ignore[arg-type]
+    policy = Policy.load(mini_lab.base_dir, MODEL, trainable=True)
+    rollouts = rollouts_of(policy, prompts, config)
+    whole, metrics = gradient(policy, rollouts, config)
+    cut, cut_metrics = gradient(policy, rollouts, replace(config, micro_batch_tokens=1))
+    policy.packing = "none"
+    padded, padded_metrics = gradient(policy, rollouts, config)
+    assert whole.norm() > 0
+    assert close(cut, whole) < 1e-5 and close(padded, whole) < 1e-5
+    for key in ("loss", "entropy", "kl"):
+        assert cut_metrics[key] == pytest.approx(metrics[key], abs=1e-5)
+        assert padded_metrics[key] == pytest.approx(metrics[key], abs=1e-5)
+
+
+def test_groups_without_variance_give_exactly_zero_gradient(mini_lab: LabPaths, prompts: list[Prompt]) -> None:
+    policy = Policy.load(mini_lab.base_dir, MODEL, trainable=True)
+    rollouts = replace(rollouts_of(policy, prompts), advantages=torch.zeros(16))
+    grads, _ = gradient(policy, rollouts, CONFIG)
+    assert not grads.any()
+
+
+def test_the_sampler_and_the_trainer_agree_on_log_probs(mini_lab: LabPaths, prompts: list[Prompt]) -> None:
+    policy = Policy.load(mini_lab.base_dir, MODEL, trainable=False)
+    config = replace(CONFIG, sampling=SamplingConfig(max_new_tokens=24, temperature=0.7))
+    rollouts = rollouts_of(policy, prompts, config)
+    sampled = torch.cat([completion.logp for group in rollouts.completions for completion in group])
+    assert (torch.cat(rollouts.old_logp) - sampled).abs().max() < 1e-4
+
+
+def test_a_run_is_deterministic_and_leaves_a_loadable_model(
+    mini_lab: LabPaths, prompts: list[Prompt], tmp_path: Path
+) -> None:
+    rows = []
+    for name in ("a", "b"):
+        out_dir = tmp_path / name
+        out_dir.mkdir()
+        with RewardSet.from_config([RewardConfig("format"), RewardConfig("accuracy")]) as rewards:
+            summary = run_grpo(
+                CONFIG,
+                MODEL,
+                stage="zero",
+                model_dir=mini_lab.base_dir,
+                prompts=prompts,
+                rewards=rewards,
+                out_dir=out_dir,
+                seed=5,
+            )
+        assert summary["steps"] == 2
+        rows.append([json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()])
+    assert [r["step"] for r in rows[0]] == [1, 2]
+    for first, second in zip(*rows, strict=True):
+        assert {k: v for k, v in first.items() if "time" not in k} == {
+            k: v for k, v in second.items() if "time" not in k
+        }
+    expected = {
+        "reward", "reward_std", "rewards/format/mean", "rewards/accuracy/mean", "frac_reward_zero_std", "entropy",
+        "completions/mean_length", "completions/clipped_ratio", "clip_ratio/region_mean", "loss", "grad_norm",
+        "learning_rate", "num_tokens", "step_time", "sampling/sampling_logp_difference/max",
+    }  # fmt: skip
+    assert expected <= rows[0][0].keys()
+    same = (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+    changed = (tmp_path / "a" / "model.safetensors").read_bytes() != (
+        mini_lab.base_dir / "model.safetensors"
+    ).read_bytes()
+    assert same and changed
+    reloaded = Policy.load(tmp_path / "a", MODEL, trainable=False)
+    assert reloaded.encoder.prompt(prompts[0]).input_ids.shape[0] > 4
+    logged = [json.loads(line) for line in (tmp_path / "a" / "completions.jsonl").read_text().splitlines()]
+    assert {
+        "step",
+        "prompt_id",
+        "prompt",
+        "images",
+        "answer",
+        "completion",
+        "reward",
+        "rewards",
+        "advantage",
+    } <= logged[0].keys()
