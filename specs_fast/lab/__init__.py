@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from specs_fast.lab.base import BASE_MODEL, unpack_base
 from specs_fast.lab.dataset import EVAL_SPLITS, OUT_OF_DISTRIBUTION, TRAIN, split_size, write_split
+from specs_fast.lab.packed import BASE_MODEL, unpack_base
 
 __all__ = ["BASE_MODEL", "EVAL_SPLITS", "OUT_OF_DISTRIBUTION", "LabPaths", "build"]
 

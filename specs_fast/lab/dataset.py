@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from specs_fast.lab.digits import Split, load_scans
 from specs_fast.lab.questions import ASKED_TAGS, OTHER_TAGS, UNSEEN_TAGS, Question, Tags, draw_question
@@ -70,7 +71,7 @@ def row(name: str, number: int, question: Question, image: str, scans: list[int]
 
 
 def write_split(folder: Path, name: str, variety: Variety, count: int, seed: int) -> Path:
-    """Writes ``<name>.jsonl`` and ``images/<name>/*.png`` below ``folder``; a pure function of its arguments.
+    """Writes ``<name>.jsonl`` and ``images/<name>/*.png`` (grey) below ``folder``; a pure function of its arguments.
 
     Question i depends on (seed, name, i) only, so a longer file starts with the shorter one.
     """
@@ -81,6 +82,6 @@ def write_split(folder: Path, name: str, variety: Variety, count: int, seed: int
         for number in range(count):
             question, scene, scans = draw_example(variety, np.random.default_rng([seed, key, number]))
             image = f"images/{name}/{number:05d}.png"
-            scene.image().save(folder / image, compress_level=1)
+            Image.fromarray(scene.pixels).save(folder / image, compress_level=1)
             lines.write(json.dumps(row(name, number, question, image, scans), ensure_ascii=False) + "\n")
     return path

@@ -11,10 +11,11 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen3VLForConditionalGeneration
 
-from specs_fast.lab.base import BASE_MODEL, make_base, round_to_half, unpack_base
+from specs_fast.lab.base import make_base
 from specs_fast.lab.examples import Exchange, draw_scenes, grid, make_batch
 from specs_fast.lab.measure import draw_examples, judge, respond
 from specs_fast.lab.model import new_model
+from specs_fast.lab.packed import BASE_MODEL, round_to_half, unpack_base
 from specs_fast.lab.pretrain import Recipe, draw_language_batch, lab_positions, language_loss, pretrain
 from specs_fast.lab.processor import build_processor
 from specs_fast.lab.questions import draw_question

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from specs_fast.lab.base import unpack_base
 from specs_fast.lab.dataset import TRAIN, draw_example
+from specs_fast.lab.packed import unpack_base
 from specs_fast.lab.responses import write_response
 
 pytest.importorskip("trl")
