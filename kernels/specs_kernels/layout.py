@@ -54,6 +54,7 @@ class PackedLayout:
     """Derived plans of the backends (index tensors on this layout's device), computed once per layout."""
 
     @classmethod
+    @torch.inference_mode(False)  # a layout made during a rollout may serve a training step
     def from_segments(
         cls,
         lengths: Sequence[int] | Tensor,

@@ -1,0 +1,203 @@
+"""``specs-kernels verify``: every op and backend against its fp64 definition, on this device.
+
+For each case, dtype and backend, outputs and gradients are compared with the fp64 reference computed from the same
+rounded inputs. The error of a tensor is ``||x - ref|| / ||ref||`` (Frobenius). The yardstick is the error of ordinary
+PyTorch in the same dtype; a backend passes when for every tensor
+
+    error <= 2 * error of PyTorch + FLOOR
+
+In float64 a backend is compared with the plain PyTorch version itself, so that a wrong definition fails as well:
+``error <= EXACT``.
+
+Exit code 0 when everything passes, 1 when something fails, 2 for a wrong command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from specs_kernels.dispatch import backends, ops
+from specs_kernels.verify_cases import Case, Tensors, cases
+
+ALLOWED_RATIO = 2.0
+FLOOR = 1e-6
+"""Relative error below which no comparison is made: a few fp32 roundings."""
+EXACT = 1e-10
+"""Relative difference from plain PyTorch allowed in float64."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """Worst tensor (highest error against what is allowed) of one case, dtype and backend."""
+
+    op: str
+    backend: str
+    case: str
+    dtype: str
+    tensor: str
+    error: float
+    torch_error: float
+    ratio: float
+    passed: bool
+
+
+def verify(
+    names: Sequence[str] = (), device: torch.device | str = "cpu", seed: int = 0, progress: bool = False
+) -> list[Result]:
+    """Run all cases of the named ops (default: all). ValueError for an unknown op."""
+    for name in names:
+        backends(name)
+    results: list[Result] = []
+    for op in names or ops():
+        for case in cases(op, torch.device(device), seed):
+            results.extend(_verify_definition(case))
+            for dtype in case.dtypes:
+                if progress:
+                    print(f"{op}: {case.name}, {_short(dtype)}", file=sys.stderr)
+                results.extend(_verify_case(case, dtype))
+    return results
+
+
+def _verify_definition(case: Case) -> list[Result]:
+    """Every backend in float64 against plain PyTorch in float64."""
+    exact = {name: tensor.double() for name, tensor in case.inputs.items()}
+    plain = _evaluate(case.plain, exact)
+    results = []
+    for backend in backends(case.op):
+        outputs = _evaluate(lambda x, backend=backend: case.run(x, backend), exact)  # type: ignore[misc]
+        errors = _errors({name: value for name, value in outputs.items() if name in plain}, plain)
+        worst = max(errors, key=lambda name: _excess(errors[name], 0.0))
+        error = errors[worst]
+        results.append(
+            Result(case.op, backend, case.name, "float64", worst, error, EXACT, error / EXACT, error <= EXACT)
+        )
+    return results
+
+
+def _verify_case(case: Case, dtype: torch.dtype) -> list[Result]:
+    rounded = {name: tensor.to(dtype) for name, tensor in case.inputs.items()}
+    exact = {name: tensor.double() for name, tensor in rounded.items()}
+    reference = _evaluate(lambda x: case.run(x, "reference"), exact)
+    plain = _errors(_evaluate(case.plain, rounded), reference)
+    results = []
+    for backend in backends(case.op):
+        errors = _errors(_evaluate(lambda x, backend=backend: case.run(x, backend), rounded), reference)  # type: ignore[misc]
+        # A metric that the plain version does not compute is held to the error of the loss itself.
+        yardstick = {name: plain.get(name, plain.get("loss", 0.0)) for name in errors}
+        worst = max(errors, key=lambda name: _excess(errors[name], yardstick[name]))
+        error, torch_error = errors[worst], yardstick[worst]
+        ratio = error / torch_error if torch_error else (0.0 if error == 0 else math.inf)
+        passed = _excess(error, torch_error) <= 1.0
+        results.append(Result(case.op, backend, case.name, _short(dtype), worst, error, torch_error, ratio, passed))
+    return results
+
+
+def _excess(error: float, torch_error: float) -> float:
+    """Error over what is allowed; a NaN error is infinitely bad."""
+    return math.inf if math.isnan(error) else error / (ALLOWED_RATIO * torch_error + FLOOR)
+
+
+def _evaluate(function: Callable[[Tensors], Tensors], inputs: Tensors) -> Tensors:
+    """Outputs, and ``d input`` gradients for one fixed random upstream gradient per output."""
+    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in inputs.items()}
+    outputs = function(leaves)
+    generator = torch.Generator().manual_seed(1)
+    total: Tensor | None = None
+    for name in ("logp", "entropy", "lse", "out", "loss"):
+        if name in outputs:
+            # bf16-representable values, so that every dtype gets the same upstream gradient.
+            upstream = torch.randn(outputs[name].shape, generator=generator).bfloat16().to(outputs[name].device)
+            part = (
+                (outputs[name] * upstream.to(outputs[name].dtype))
+                .to(torch.promote_types(outputs[name].dtype, torch.float32))
+                .sum()
+            )
+            total = part if total is None else total + part
+    assert total is not None
+    grads = torch.autograd.grad(total, list(leaves.values()))
+    results = {name: value.detach() for name, value in outputs.items()}
+    results.update({f"d {name}": grad for name, grad in zip(leaves, grads, strict=True)})
+    return results
+
+
+def _errors(results: Tensors, reference: Tensors) -> dict[str, float]:
+    errors = {}
+    for name, value in results.items():
+        exact = reference[name].double()
+        scale = float(exact.norm())
+        errors[name] = float((value.double() - exact).norm()) / (scale or 1.0)
+    return errors
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _table(results: Sequence[Result]) -> str:
+    header = ("op", "backend", "case", "dtype", "worst tensor", "error", "torch error", "ratio", "")
+    rows = [header] + [
+        (
+            r.op,
+            r.backend,
+            r.case,
+            r.dtype,
+            r.tensor,
+            f"{r.error:.1e}",
+            f"{r.torch_error:.1e}",
+            f"{r.ratio:.2f}",
+            "pass" if r.passed else "FAIL",
+        )
+        for r in results
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``specs-kernels``."""
+    parser = argparse.ArgumentParser(prog="specs-kernels", description="The kernel library of specs-fast.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("verify", help="every op and backend against its fp64 definition, on this device")
+    command.add_argument("ops", nargs="*", metavar="OP", help=f"ops to verify (default: all of {', '.join(ops())})")
+    command.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    command.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run (default: %(default)s)"
+    )
+    command.add_argument("--seed", type=int, default=0, help="seed of the inputs (default: %(default)s)")
+    arguments = parser.parse_args(argv)
+    unknown = [name for name in arguments.ops if name not in ops()]
+    if unknown:
+        parser.error(f"unknown op {unknown[0]!r}; ops: {', '.join(ops())}")
+    results = verify(arguments.ops, arguments.device, arguments.seed, progress=sys.stderr.isatty())
+    failed = [result for result in results if not result.passed]
+    device = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else arguments.device
+    if arguments.json:
+        document = {
+            "torch": torch.__version__,
+            "device": device,
+            "passed": not failed,
+            "rule": f"error <= {ALLOWED_RATIO} * torch_error + {FLOOR}; float64: error <= {EXACT} (as torch_error)",
+            "results": [asdict(result) for result in results],
+        }
+        print(json.dumps(document, indent=1))
+    else:
+        print(
+            f"torch {torch.__version__}, {device}; error = |x - fp64| / |fp64|, worst tensor of outputs and gradients"
+        )
+        print(_table(results))
+        print(f"{len(results) - len(failed)} of {len(results)} pass")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,273 @@
+"""What ``specs-kernels verify`` runs: per op a few cases, each with the plain PyTorch a user would write instead.
+
+A case makes differentiable inputs in one dtype, runs the op on them, and runs ``plain``: the same quantity with the same
+dtype in ordinary PyTorch. Its error against fp64 is the yardstick for the error of a backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from specs_kernels.layout import PackedLayout
+from specs_kernels.linear_logprob import linear_logprob
+from specs_kernels.packed_attention import packed_attention
+from specs_kernels.policy_loss import policy_loss
+from specs_kernels.preference_loss import preference_loss
+from specs_kernels.results import TokenLogprobs
+from specs_kernels.selective_logprob import selective_logprob
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """inputs: fp32 tensors, each of which gets a gradient. run(inputs, backend) and plain(inputs) give named outputs."""
+
+    op: str
+    name: str
+    inputs: Tensors
+    run: Callable[[Tensors, str], Tensors]
+    plain: Callable[[Tensors], Tensors]
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def cases(op: str, device: torch.device, seed: int) -> Iterator[Case]:
+    """All cases of an op; the same seed gives the same inputs on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    for case in _CASES[op](generator, device):
+        moved = {name: tensor.to(device) for name, tensor in case.inputs.items()}
+        yield Case(case.op, case.name, moved, case.run, case.plain, case.dtypes)
+
+
+def _named(result: TokenLogprobs) -> Tensors:
+    return {name: value for name, value in result._asdict().items() if value is not None}
+
+
+def _from_logits(z_NV: Tensor, target: Tensor, keep: Tensor) -> Tensors:
+    z_NV = z_NV.double() if z_NV.dtype == torch.float64 else z_NV.float()
+    log_p = F.log_softmax(z_NV, dim=-1)
+    results = {
+        "logp": log_p.gather(1, target.clamp(min=0)[:, None]).squeeze(1),
+        "entropy": -(log_p.exp() * log_p).sum(-1),
+        "lse": torch.logsumexp(z_NV, dim=-1),
+    }
+    return {name: torch.where(keep, values, 0.0) for name, values in results.items()}
+
+
+def _targets(generator: torch.Generator, count: int, vocab_size: int, device: torch.device) -> Tensor:
+    target = torch.randint(0, vocab_size, (count,), generator=generator)
+    target[::7] = -100
+    return target.to(device)
+
+
+def _linear_logprob_cases(generator: torch.Generator, device: torch.device) -> Iterator[Case]:
+    for name, rows, dim, vocab, softcap, bias, temperature, sharpness in (
+        ("one tile", 300, 64, 117, None, False, 1.0, 1.0),
+        ("confident", 200, 64, 1000, None, False, 1.0, 6.0),
+        ("many tiles", 2300, 32, 8100, None, False, 0.7, 1.0),
+        ("softcap, bias, rows", 200, 48, 501, 3.0, True, 1.3, 1.0),
+    ):
+        hidden = torch.randn(rows, dim, generator=generator)
+        weight = torch.randn(vocab, dim, generator=generator) * (sharpness / dim**0.5)
+        inputs = {"hidden": hidden, "weight": weight}
+        if bias:
+            inputs["bias"] = torch.randn(vocab, generator=generator)
+        target = _targets(generator, rows, vocab, device)
+        source = torch.randint(0, rows, (rows,), generator=generator).to(device) if bias else None
+
+        def run(
+            x: Tensors,
+            backend: str,
+            target: Tensor = target,
+            source: Tensor | None = source,
+            temperature: float = temperature,
+            softcap: float | None = softcap,
+        ) -> Tensors:
+            return _named(
+                linear_logprob(
+                    x["hidden"],
+                    x["weight"],
+                    target,
+                    bias=x.get("bias"),
+                    temperature=temperature,
+                    softcap=softcap,
+                    return_entropy=True,
+                    rows=source,
+                    backend=backend,
+                )
+            )
+
+        def plain(
+            x: Tensors,
+            target: Tensor = target,
+            source: Tensor | None = source,
+            temperature: float = temperature,
+            softcap: float | None = softcap,
+        ) -> Tensors:
+            z_NV = F.linear(x["hidden"] if source is None else x["hidden"][source], x["weight"], x.get("bias"))
+            if softcap is not None:
+                z_NV = softcap * torch.tanh(z_NV / softcap)
+            return _from_logits(z_NV / temperature, target, target >= 0)
+
+        yield Case("linear_logprob", name, inputs, run, plain)
+
+
+def _selective_logprob_cases(generator: torch.Generator, device: torch.device) -> Iterator[Case]:
+    for name, rows, vocab, temperature in (("one tile", 300, 117, 1.0), ("many tiles", 700, 9000, 0.7)):
+        logits = 3 * torch.randn(rows, vocab, generator=generator)
+        target = _targets(generator, rows, vocab, device)
+
+        def run(x: Tensors, backend: str, target: Tensor = target, temperature: float = temperature) -> Tensors:
+            return _named(
+                selective_logprob(x["logits"], target, temperature=temperature, return_entropy=True, backend=backend)
+            )
+
+        def plain(x: Tensors, target: Tensor = target, temperature: float = temperature) -> Tensors:
+            return _from_logits(x["logits"] / temperature, target, target >= 0)
+
+        yield Case("selective_logprob", name, {"logits": logits}, run, plain)
+
+
+def _packed_attention_cases(generator: torch.Generator, device: torch.device) -> Iterator[Case]:
+    prompts = PackedLayout.from_segments([86, 40, 17, 40, 33, 0, 25], [-1, 0, 0, 0, -1, 4, 4], device=device)
+    deep = PackedLayout.from_segments(
+        [300, 20, 9, 31, 12, 40], [-1, 0, 1, 1, 0, -1], bidirectional=[(10, 74), (320, 329)], device=device
+    )
+    for name, layout, heads, kv_heads, softcap, window in (
+        ("prompts and responses", prompts, 6, 2, None, None),
+        ("deep, bidirectional spans", deep, 4, 4, None, None),
+        ("deep, window, softcap", deep, 4, 1, 5.0, 50),
+    ):
+        inputs = {
+            "query": torch.randn(layout.num_tokens, heads, 32, generator=generator),
+            "key": torch.randn(layout.num_tokens, kv_heads, 32, generator=generator),
+            "value": torch.randn(layout.num_tokens, kv_heads, 32, generator=generator),
+        }
+
+        def run(
+            x: Tensors,
+            backend: str,
+            layout: PackedLayout = layout,
+            softcap: float | None = softcap,
+            window: int | None = window,
+        ) -> Tensors:
+            out, lse = packed_attention(
+                x["query"],
+                x["key"],
+                x["value"],
+                layout,
+                softcap=softcap,
+                window=window,
+                return_lse=True,
+                backend=backend,
+            )
+            return {"out": out, "lse": lse}
+
+        def plain(
+            x: Tensors,
+            layout: PackedLayout = layout,
+            softcap: float | None = softcap,
+            window: int | None = window,
+        ) -> Tensors:
+            repeats = x["query"].shape[1] // x["key"].shape[1]
+            key, value = (x[side].repeat_interleave(repeats, dim=1) for side in ("key", "value"))
+            scores = torch.einsum("ihd,jhd->hij", x["query"], key) * x["query"].shape[2] ** -0.5
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            scores = scores.masked_fill(~layout.dense_mask(window), -torch.inf)
+            scores = scores.double() if scores.dtype == torch.float64 else scores.float()
+            probs = torch.softmax(scores, dim=-1).to(value.dtype)
+            return {"out": torch.einsum("hij,jhd->ihd", probs, value), "lse": torch.logsumexp(scores, dim=-1).T}
+
+        yield Case("packed_attention", name, inputs, run, plain)
+
+
+_LENGTHS = (5, 40, 1, 17, 120, 33, 64, 8)
+
+
+def _segment_ids(device: torch.device) -> Tensor:
+    return torch.repeat_interleave(torch.arange(len(_LENGTHS)), torch.tensor(_LENGTHS)).to(device)
+
+
+def _preference_loss_cases(generator: torch.Generator, device: torch.device) -> Iterator[Case]:
+    segment_ids = _segment_ids(device)
+    count = sum(_LENGTHS)
+    ref = (-2 * torch.rand(count, generator=generator)).to(device)
+    pairs = torch.tensor([[0, 1], [2, 3], [4, 5], [7, 6]], device=device)
+    for nll_mode in ("sequence", "token"):
+
+        def run(x: Tensors, backend: str, nll_mode: str = nll_mode) -> Tensors:
+            loss, metrics = preference_loss(
+                x["logp"],
+                ref.to(x["logp"].dtype),
+                segment_ids,
+                pairs,
+                label_smoothing=0.1,
+                nll_weight=1.0,
+                nll_mode=nll_mode,
+                backend=backend,
+            )
+            return {"loss": loss, **metrics}
+
+        def plain(x: Tensors, nll_mode: str = nll_mode) -> Tensors:
+            logp, ref_logp = (v.split(_LENGTHS) for v in (x["logp"], ref.to(x["logp"].dtype)))
+            losses, nll, tokens = [], [], 0
+            for chosen, rejected in pairs.tolist():
+                delta = (logp[chosen] - ref_logp[chosen]).sum() - (logp[rejected] - ref_logp[rejected]).sum()
+                losses.append(-0.9 * F.logsigmoid(0.1 * delta) - 0.1 * F.logsigmoid(-0.1 * delta))
+                nll.append(-(logp[chosen].mean() if nll_mode == "sequence" else logp[chosen].sum()))
+                tokens += _LENGTHS[chosen]
+            supervised = torch.stack(nll).sum() / (len(nll) if nll_mode == "sequence" else tokens)
+            return {"loss": torch.stack(losses).mean() + supervised}
+
+        inputs = {"logp": -2 * torch.rand(count, generator=generator)}
+        yield Case("preference_loss", f"nll per {nll_mode}", inputs, run, plain, (torch.float32,))
+
+
+def _policy_loss_cases(generator: torch.Generator, device: torch.device) -> Iterator[Case]:
+    segment_ids = _segment_ids(device)
+    count = sum(_LENGTHS)
+    logp = -2 * torch.rand(count, generator=generator)
+    old = (logp + 0.3 * torch.randn(count, generator=generator)).to(device)
+    ref = (logp + 0.3 * torch.randn(count, generator=generator)).to(device)
+    advantage = torch.randn(len(_LENGTHS), generator=generator).to(device)[segment_ids]
+    for aggregation in ("dapo", "bnpo", "grpo", "dr_grpo"):
+
+        def run(x: Tensors, backend: str, aggregation: str = aggregation) -> Tensors:
+            loss, metrics = policy_loss(
+                x["logp"],
+                old.to(x["logp"].dtype),
+                advantage.to(x["logp"].dtype),
+                segment_ids,
+                epsilon_high=0.28,
+                beta=0.1,
+                ref_logp=ref.to(x["logp"].dtype),
+                aggregation=aggregation,
+                denominator=640 if aggregation == "dr_grpo" else None,
+                backend=backend,
+            )
+            return {"loss": loss, **metrics}
+
+        def plain(x: Tensors, aggregation: str = aggregation) -> Tensors:
+            dtype = x["logp"].dtype
+            ratio, delta, adv = torch.exp(x["logp"] - old.to(dtype)), ref.to(dtype) - x["logp"], advantage.to(dtype)
+            per_token = -torch.min(ratio * adv, ratio.clamp(0.8, 1.28) * adv) + 0.1 * (delta.exp() - delta - 1)
+            if aggregation == "grpo":
+                return {"loss": torch.stack([part.mean() for part in per_token.split(_LENGTHS)]).mean()}
+            return {"loss": per_token.sum() / (640 if aggregation == "dr_grpo" else count)}
+
+        yield Case("policy_loss", aggregation, {"logp": logp}, run, plain, (torch.float32,))
+
+
+_CASES: dict[str, Callable[[torch.Generator, torch.device], Iterator[Case]]] = {
+    "linear_logprob": _linear_logprob_cases,
+    "selective_logprob": _selective_logprob_cases,
+    "packed_attention": _packed_attention_cases,
+    "preference_loss": _preference_loss_cases,
+    "policy_loss": _policy_loss_cases,
+}
