@@ -9,6 +9,7 @@ Letters: B rows, L padded length, T packed tokens, D hidden, N scored tokens, S 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -78,13 +79,28 @@ def score(
 
 def _packed(model: PreTrainedModel, trees: Sequence[Tree]) -> tuple[Tensor, Tensor]:
     """Hidden states ``[T, D]`` of the forest of all trees, and per response token the row that predicts it ``[N]``."""
-    layout, input_ids, token_types, is_response = forest_of(trees)
-    hidden_TD = packed_hidden(model, input_ids, layout, _images(trees), token_types)
-    return hidden_TD, layout.predictor_index[is_response].to(hidden_TD.device)
+    forest = forest_of(trees)
+    hidden_TD = packed_hidden(model, forest.input_ids, forest.layout, forest.images, forest.token_types)
+    return hidden_TD, forest.rows.to(hidden_TD.device)
 
 
-def forest_of(trees: Sequence[Tree]) -> tuple[PackedLayout, Tensor, Tensor, Tensor]:
-    """Layout, input_ids, token_types and a bool mask of response tokens (each ``[T]``) of trees laid out one after the other."""
+@dataclass(frozen=True)
+class Forest:
+    """Trees laid out one after the other, without the last token of each response: it is scored but predicts nothing.
+
+    layout: T tokens. input_ids, token_types: int64 ``[T]``. images: in order of appearance. rows: int64 ``[N]``, the token
+    whose hidden state predicts each response token, in tree order.
+    """
+
+    layout: PackedLayout
+    input_ids: Tensor
+    token_types: Tensor
+    images: list[EncodedImage]
+    rows: Tensor
+
+
+def forest_of(trees: Sequence[Tree]) -> Forest:
+    """The forest whose hidden states score every response of these trees."""
     lengths: list[int] = []
     parents: list[int] = []
     pieces: list[Tensor] = []
@@ -92,35 +108,41 @@ def forest_of(trees: Sequence[Tree]) -> tuple[PackedLayout, Tensor, Tensor, Tens
     is_response: list[bool] = []
     for tree in trees:
         root = len(lengths)
-        lengths.append(len(tree.prompt))
-        parents.append(-1)
-        pieces.append(tree.prompt.input_ids)
-        types.append(tree.prompt.token_types)
-        for response in tree.responses:
-            lengths.append(int(response.shape[0]))
-            parents.append(root)
-            pieces.append(response)
-        types.append(torch.zeros(tree.num_response_tokens, dtype=torch.long))
-        is_response += [False] + [True] * len(tree.responses)
-    mask_T = torch.repeat_interleave(torch.tensor(is_response), torch.tensor(lengths))
-    return PackedLayout.from_segments(lengths, parents), torch.cat(pieces), torch.cat(types), mask_T
+        responses = [int(response.shape[0]) for response in tree.responses]
+        lengths += [len(tree.prompt), *responses]
+        parents += [-1, *[root] * len(responses)]
+        is_response += [False, *[True] * len(responses)]
+        pieces += [tree.prompt.input_ids, *(response[:-1] for response in tree.responses)]
+        types += [tree.prompt.token_types, torch.zeros(sum(max(0, n - 1) for n in responses), dtype=torch.long)]
+    kept = [max(0, n - 1) if response else n for n, response in zip(lengths, is_response, strict=True)]
+    # The whole forest knows which token predicts which; the one that runs lacks the last tokens.
+    whole = PackedLayout.from_segments(lengths, parents)
+    is_response_S = torch.tensor(is_response)
+    keep_T = torch.ones(whole.num_tokens, dtype=torch.bool)
+    keep_T[whole.segment_starts[1:][is_response_S & (torch.tensor(lengths) > 0)] - 1] = False
+    place_T = keep_T.cumsum(0) - 1
+    rows_N = place_T[whole.predictor_index[is_response_S[whole.segment_ids]]]
+    layout = PackedLayout.from_segments(kept, parents)
+    images = [image for tree in trees for image in tree.prompt.images]
+    return Forest(layout, torch.cat(pieces), torch.cat(types), images, rows_N)
 
 
 def _padded(model: PreTrainedModel, trees: Sequence[Tree]) -> tuple[Tensor, Tensor]:
     """Hidden states ``[B * L, D]`` of one right-padded row per non-empty response, and the predicting rows ``[N]``.
 
-    Right padding needs no mask: attention is causal, so no token sees the padding after it, and padding is never read.
+    The last token of a response is left out: it predicts nothing. Right padding needs no mask: attention is causal, so no token
+    sees the padding after it, and padding is never read.
     """
     device = model.device
     rows = [(tree, response) for tree in trees for response in tree.responses if response.shape[0] > 0]
-    longest = max(len(tree.prompt) + int(response.shape[0]) for tree, response in rows)
+    longest = max(len(tree.prompt) + int(response.shape[0]) for tree, response in rows) - 1
     input_ids_BL = torch.full((len(rows), longest), _pad_token_id(model), dtype=torch.long)
     predictors: list[Tensor] = []
     for row, (tree, response) in enumerate(rows):
-        prompt, total = len(tree.prompt), len(tree.prompt) + int(response.shape[0])
+        prompt, total = len(tree.prompt), len(tree.prompt) + int(response.shape[0]) - 1
         input_ids_BL[row, :prompt] = tree.prompt.input_ids
-        input_ids_BL[row, prompt:total] = response
-        predictors.append(torch.arange(prompt - 1, total - 1) + row * longest)
+        input_ids_BL[row, prompt:total] = response[:-1]
+        predictors.append(torch.arange(prompt - 1, total) + row * longest)
     row_images = [image for tree, _ in rows for image in tree.prompt.images]
     with scoring_mode(model):
         features = encode_images(model, row_images)
@@ -155,10 +177,6 @@ def _pad_token_id(model: PreTrainedModel) -> int:
     if pad is None or pad == image_token_id(model):
         pad = 1 if image_token_id(model) == 0 else 0
     return int(pad)
-
-
-def _images(trees: Sequence[Tree]) -> list[EncodedImage]:
-    return [image for tree in trees for image in tree.prompt.images]
 
 
 def _check_trees(model: PreTrainedModel, trees: Sequence[Tree]) -> None:
