@@ -35,12 +35,12 @@ class Encoder:
         pad = self.tokenizer.pad_token_id
         self.pad_token_id = self.eos_token_id if pad is None else int(pad)
         self.image_token_id = _image_token_id(processor)
-        self._cache: OrderedDict[str, EncodedPrompt] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, str, str, int], EncodedPrompt] = OrderedDict()
         self._cached_bytes = 0
 
     def prompt(self, prompt: Prompt) -> EncodedPrompt:
         """The prompt through the chat template, generation prompt added, image tokens expanded."""
-        key = f"{prompt.source}|{prompt.id}"
+        key = (prompt.source, prompt.id, prompt.text, len(prompt.images))
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
@@ -78,9 +78,12 @@ class Encoder:
             ids = torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
             return EncodedPrompt(prompt.id, ids, torch.zeros_like(ids))
         images = [image for image in prompt.images]
-        inputs = self.processor(
-            text=[text], images=images or None, add_special_tokens=False, return_tensors="pt", padding=False
-        )
+        try:
+            inputs = self.processor(
+                text=[text], images=images or None, add_special_tokens=False, return_tensors="pt", padding=False
+            )
+        except ValueError as error:
+            raise ValueError(f"{prompt.source}: the processor refused the prompt: {error}") from error
         ids = torch.as_tensor(inputs["input_ids"], dtype=torch.int64)[0]
         encoded_images = _split_images(inputs, len(images), prompt.source)
         token_types = (ids == self.image_token_id).to(torch.int64)

@@ -13,6 +13,10 @@ from specs_fast.config import OptimConfig
 class Optimizer:
     """AdamW over the trainable parameters of a model, with clipping and a learning-rate schedule.
 
+    Parameters in bfloat16 are stepped through fp32 master copies: at learning rates of 1e-6 an update is far below a
+    bfloat16 weight's spacing, and stepping the weights themselves would silently lose it. Gradients are summed in the
+    parameter's dtype and cast once; the model holds the rounded master weights.
+
     Weight decay applies to matrices only (not to biases, norms or embeddings' one-dimensional scales).
     lr(step) = lr * min(1, step / warmup_steps) * shape, shape being 1 (constant), or falling from 1 to 0 over
     ``total_steps`` linearly or along a half cosine; steps are counted from 1.
@@ -25,9 +29,10 @@ class Optimizer:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError("the model has no trainable parameter; check model.freeze_vision")
+        self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
         groups = [
-            {"params": [p for p in self.parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in self.parameters if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for p in self.masters if p.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in self.masters if p.ndim < 2], "weight_decay": 0.0},
         ]
         self.adamw = torch.optim.AdamW(
             [group for group in groups if group["params"]],
@@ -57,8 +62,12 @@ class Optimizer:
         rate = self.learning_rate(self.step_count)
         for group in self.adamw.param_groups:
             group["lr"] = rate
+        copied = [(p, master) for p, master in zip(self.parameters, self.masters, strict=True) if p is not master]
+        for parameter, master in copied:
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None
         limit = self.config.max_grad_norm if self.config.max_grad_norm > 0 else math.inf
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, limit))
+        norm = float(nn.utils.clip_grad_norm_(self.masters, limit))
         if not math.isfinite(norm):
             raise FloatingPointError(
                 f"gradient norm is {norm} at optimizer step {self.step_count}; no weight was changed. "
@@ -66,4 +75,7 @@ class Optimizer:
             )
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for parameter, master in copied:
+                parameter.copy_(master)
         return norm, rate

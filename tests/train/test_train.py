@@ -75,6 +75,20 @@ def test_clipping_and_decay_of_matrices_only() -> None:
         Optimizer(model.requires_grad_(False), OptimConfig(lr=0.1), total_steps=1)
 
 
+def test_bfloat16_weights_follow_updates_far_below_their_spacing() -> None:
+    model = nn.Linear(64, 1, bias=False).to(torch.bfloat16)
+    exact = nn.Linear(64, 1, bias=False)
+    exact.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
+    start = model.weight.detach().clone()
+    optimizers = [Optimizer(m, OptimConfig(lr=1e-5), total_steps=200) for m in (model, exact)]
+    for _ in range(200):
+        for m, optimizer in zip((model, exact), optimizers, strict=True):
+            m(torch.ones(1, 64, dtype=m.weight.dtype)).sum().backward()
+            optimizer.step()
+    assert (model.weight != start).float().mean() > 0.5
+    assert torch.equal(model.weight, exact.weight.to(torch.bfloat16))
+
+
 def test_metrics_add_and_non_finite_values_become_null(tmp_path: Path) -> None:
     total = MetricSum()
     total.add({"a": torch.tensor(0.25)})
