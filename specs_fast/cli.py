@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         options.command(options)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues after the last finished stage", file=sys.stderr)
         return INTERRUPTED
@@ -76,6 +77,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     evaluation.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens)
     evaluation.add_argument("--limit", type=int, default=None, help="questions per file, from the first")
     evaluation.add_argument("--seed", type=int, default=defaults.seed)
+    evaluation.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    evaluation.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     evaluation.add_argument("--no-greedy", action="store_true", help="leave out greedy decoding")
     evaluation.set_defaults(command=eval_command)
 
@@ -147,7 +150,9 @@ def eval_command(options: argparse.Namespace) -> None:
     quiet_libraries()
     out = options.out or Path("eval") / f"{options.model.resolve().name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    result = evaluate(options.model, splits, config, out, progress=console_progress())
+    result = evaluate(
+        options.model, splits, config, out, device=options.device, dtype=options.dtype, progress=console_progress()
+    )
     rows = read_jsonl(out.with_name(f"{out.stem}.completions.jsonl"))
     _print(console_tables(before_after({options.model.resolve().name: Evaluation(result, rows)})))
     print(f"written: {out}")
@@ -276,7 +281,8 @@ def evaluate_models(config: SpecsConfig, models: dict[str, Path], run_dir: Path,
     folder = run_dir / "eval"
     folder.mkdir(exist_ok=True)
     splits = {name: Path(path) for name, path in config.eval.splits.items()}
-    settings = to_data(replace(config.eval, splits={}))
+    model_settings = {"device": config.model.device, "dtype": config.model.dtype}
+    settings = to_data(replace(config.eval, splits={})) | model_settings
     files = {name: sha256(path.read_bytes()).hexdigest()[:16] for name, path in splits.items()}
     for name, model_dir in models.items():
         out, marker = folder / f"{name}.json", folder / f"{name}.DONE.json"
@@ -284,7 +290,7 @@ def evaluate_models(config: SpecsConfig, models: dict[str, Path], run_dir: Path,
         if out.is_file() and read_json(marker) == wanted:
             continue
         marker.unlink(missing_ok=True)
-        evaluate(model_dir, splits, config.eval, out, progress=progress)
+        evaluate(model_dir, splits, config.eval, out, **model_settings, progress=progress)
         write_json(marker, wanted)
 
 

@@ -139,10 +139,11 @@ def results_section(rows: list[Row], run: Run) -> str:
         if any(row.metric == metric and row.mode == mode for row in rows)
     ]
     tables = "".join(_split_table(rows, split) for split in splits_of(rows))
-    settings = run.evaluations[next(iter(run.evaluations))].summary.get("settings")
-    asked = ", ".join(f"{key} {value}" for key, value in _mapping(settings).items() if not isinstance(value, dict))
+    settings = _mapping(run.evaluations[next(iter(run.evaluations))].summary.get("settings"))
+    names = ("samples", "temperature", "max_new_tokens", "seed", "limit")
+    asked = ", ".join(f"{key.replace('_', ' ')} {settings[key]}" for key in names if settings.get(key) is not None)
     return (
-        f'{note}<div class="tracks">{"".join(overview)}</div>{tables}'
+        f'{note}<div class="tracks">{"".join(overview)}</div>{tables}{_generalization_html(run)}'
         '<p class="note">Percent ± one standard error over questions; differences are paired, question by question. '
         "<b>Strict</b> asks for the right answer inside the asked tags, <b>any style</b> takes the last answer however it is "
         "written, <b>format</b> asks for the asked structure whatever the answer. "
@@ -167,6 +168,28 @@ def _split_table(rows: list[Row], split: str) -> str:
         lines.append(f"<tr><th>{escape(row.title)}</th>{cells}</tr>")
     return (
         f'<div class="scroll"><table class="numbers"><caption><b>{escape(split)}</b> {count:,} questions</caption>'
+        f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def _generalization_html(run: Run) -> str:
+    """The Generalization Factor of every model on every out-of-distribution split, where it was computed."""
+    found = {
+        model: _mapping(_mapping(evaluation.summary.get("generalization_factor")).get("splits"))
+        for model, evaluation in run.evaluations.items()
+    }
+    splits = list(dict.fromkeys(split for values in found.values() for split in values))
+    if not splits:
+        return ""
+    head = "".join(f'<th class="{model}">{MODEL_TITLES[model]}</th>' for model in found)
+    lines = []
+    for split in splits:
+        values = [values.get(split) for values in found.values()]
+        cells = "".join("<td>–</td>" if value is None else f"<td>{100 * value:.1f}</td>" for value in values)
+        lines.append(f"<tr><th>{escape(split)}</th>{cells}</tr>")
+    return (
+        '<div class="scroll"><table class="numbers"><caption><b>Generalization Factor</b> F₂ of strict sampled accuracy, '
+        "in distribution as precision, out of distribution as recall, × 100</caption>"
         f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
     )
 

@@ -20,6 +20,7 @@ CORRUPTION_TEXT = {
     "drop_reasoning": "reasoning tags removed",
     "plain_answer": "answer tags replaced by plain text",
     "shift": "tags displaced",
+    "natural": "broken by itself",
 }
 OUTCOMES = (
     ((False, True), "became right"),

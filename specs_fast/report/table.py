@@ -1,8 +1,8 @@
 """The before/after numbers: one source for the command line's table and the report's.
 
-Values are the evaluation's own. Standard errors are over prompts: the spread of per-prompt means where the responses are
-there (samples of one prompt are not independent), else the binomial bound sqrt(p (1 - p) / prompts). The error of a
-difference uses that all models answer the same prompts: it is the spread of per-prompt differences.
+Values and their standard errors are the evaluation's own (over prompts, since samples of one prompt are not independent;
+where a file has none, the binomial bound sqrt(p (1 - p) / prompts)). The error of a difference uses that all models answer
+the same prompts: it is the spread of the per-prompt differences, where the responses are there.
 """
 
 from __future__ import annotations
@@ -142,14 +142,17 @@ def _row(evaluations: Mapping[str, Evaluation], split: str, mode: str, metric: s
     base_marks: dict[str, float] = {}
     prompts = 0
     for name, evaluation in evaluations.items():
-        value = _block(evaluation, split, mode).get(metric)
+        block = _block(evaluation, split, mode)
+        value = block.get(metric)
         if not isinstance(value, int | float):
             cells[name] = None
             continue
         count = int(evaluation.summary["splits"][split].get("n", 0))
         prompts = max(prompts, count)
         marks = prompt_means(evaluation.rows, split, mode, metric)
-        error = _spread(list(marks.values())) if marks else math.sqrt(max(0.0, value * (1 - value)) / max(1, count))
+        error = (block.get("standard_errors") or {}).get(metric)
+        if error is None:
+            error = math.sqrt(max(0.0, value * (1 - value)) / max(1, count))
         delta = delta_error = None
         if name == "base":
             base_marks = marks

@@ -274,21 +274,25 @@ def _evaluation(folder: Path, model: str, questions: dict[str, list[dict[str, An
             "sampled": _block(marks["any"], marks["form"], 4),
             "greedy": _block(marks["greedy_any"], marks["greedy_form"], 1),
         }
+    strict = {split: block["sampled"]["accuracy_strict"] for split, block in result["splits"].items()}
+    factors = {split: 5 * strict["id"] * value / max(1e-9, 4 * strict["id"] + value) for split, value in strict.items()}
+    result["generalization_factor"] = {
+        "of": "accuracy_strict",
+        "splits": {s: f for s, f in factors.items() if s != "id"},
+    }
     _json(folder / f"{model}.json", result)
     _jsonl(folder / f"{model}.completions.jsonl", rows)
 
 
-def _block(correct: list[list[bool]], form: list[list[bool]], samples: int) -> dict[str, float]:
+def _block(correct: list[list[bool]], form: list[list[bool]], samples: int) -> dict[str, Any]:
     correct_array, form_array = np.array(correct), np.array(form)
-    block = {
-        "accuracy_strict": float((correct_array & form_array).mean()),
-        "accuracy_any": float(correct_array.mean()),
-        "format": float(form_array.mean()),
-        "mean_length": 20.5,
-    }
+    shares = {"accuracy_strict": correct_array & form_array, "accuracy_any": correct_array, "format": form_array}
     if samples > 1:
-        block |= {"pass@1": float(correct_array.mean()), "pass@4": float(correct_array.any(axis=1).mean())}
-    return block
+        shares |= {"pass@1": correct_array, "pass@4": correct_array.any(axis=1, keepdims=True)}
+    means = {name: marks.mean(axis=1) for name, marks in shares.items()}
+    block: dict[str, Any] = {name: float(values.mean()) for name, values in means.items()}
+    errors = {name: float(values.std(ddof=1) / len(values) ** 0.5) for name, values in means.items()}
+    return block | {"mean_length": 20.5, "clipped": 0.0, "unscorable": 0, "standard_errors": errors}
 
 
 @pytest.fixture

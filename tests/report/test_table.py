@@ -19,12 +19,10 @@ def evaluation(marks: list[list[bool]] | None, value: float, n: int = 4) -> Eval
     return Evaluation({"splits": {"id": {"n": n, "sampled": {"accuracy_any": value}}}}, rows)
 
 
-def test_the_error_of_a_mean_counts_prompts_and_not_samples() -> None:
-    # Two samples that always agree carry no more than one: per-prompt means 1, 1, 0, 0.
-    rows = before_after({"base": evaluation([[True, True], [True, True], [False, False], [False, False]], 0.5)})
-    cell = rows[0].cells["base"]
-    assert cell is not None and cell.value == 0.5
-    assert cell.error == pytest.approx(math.sqrt(0.25 * 4 / 3 / 4))
+def test_values_and_errors_are_the_evaluations_own() -> None:
+    block = {"accuracy_any": 0.5, "standard_errors": {"accuracy_any": 0.29}}
+    cell = before_after({"base": Evaluation({"splits": {"id": {"n": 4, "sampled": block}}}, [])})[0].cells["base"]
+    assert cell is not None and (cell.value, cell.error) == (0.5, 0.29)
 
 
 def test_the_error_of_a_difference_is_paired() -> None:
@@ -32,11 +30,11 @@ def test_the_error_of_a_difference_is_paired() -> None:
     base = evaluation([[True, False], [True, False], [False, False], [False, False]], 0.25)
     final = evaluation([[True, True], [True, True], [True, False], [False, True]], 0.75)
     cell = before_after({"base": base, "final": final})[0].cells["final"]
-    assert cell is not None and cell.error > 0
+    assert cell is not None and cell.error == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
     assert cell.delta == pytest.approx(0.5) and cell.delta_error == pytest.approx(0.0)
 
 
-def test_without_logged_marks_the_error_is_the_binomial_bound() -> None:
+def test_without_errors_and_responses_the_error_is_the_binomial_bound() -> None:
     rows = before_after({"base": evaluation(None, 0.2, n=100), "zero": evaluation(None, 0.5, n=100)})
     base, zero = rows[0].cells["base"], rows[0].cells["zero"]
     assert base is not None and zero is not None
