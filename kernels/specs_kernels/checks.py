@@ -121,3 +121,11 @@ def check_count(name: str, value: float | Tensor | None) -> float | None:
         value = float(value)
     check_positive(name, value)
     return float(value)
+
+
+def refuse_second_derivative(op: str) -> None:
+    """To call first in a backward. Autograd enables gradients there only under ``create_graph=True``."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f'{op} is differentiable once; its gradient has no graph. Drop create_graph=True, or use backend="reference"'
+        )

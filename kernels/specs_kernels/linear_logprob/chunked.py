@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from specs_kernels import checks
 from specs_kernels.results import TokenLogprobs
 from specs_kernels.softmax import RunningSoftmax, accumulation_dtype, dscores_
 
@@ -191,8 +191,8 @@ class _LinearLogprob(torch.autograd.Function):
         return logp, entropy, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        checks.refuse_second_derivative("linear_logprob")
         hidden, weight, bias, target_M, temperature_M, source, kept, shifted, *statistics = ctx.saved_tensors
         if all(grad is None for grad in grads):
             return (None,) * 12

@@ -45,7 +45,8 @@ def linear_logprob(
 
     Returns ``(logp, entropy, lse)``, fp32 ``[N]`` (fp64 for fp64 inputs), entropy None unless asked for. All three pass
     gradients to hidden, weight and bias: with upstream g, q, r and E = sum_j p_j z_j,
-    ``dz_j = p_j [(r - g) - q (z_j - E)] + g 1[j = target]``. Differentiable once.
+    ``dz_j = p_j [(r - g) - q (z_j - E)] + g 1[j = target]``. Differentiable once: under
+    ``create_graph=True`` the backward raises RuntimeError.
     Numerics: products and statistics in fp32 (fp64), entropy from shifted scores; deterministic. On an accelerator the
     count of kept targets is read on the host.
 

@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from specs_kernels import checks
 from specs_kernels.layout import PackedLayout
 from specs_kernels.packed_attention.plan import Group, Level, plan_for, rule_mask
 from specs_kernels.softmax import accumulation_dtype
@@ -243,8 +243,8 @@ class _PackedAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        checks.refuse_second_derivative("packed_attention")
         query, key, value, out, lse = ctx.saved_tensors
         if grad_out is None and grad_lse is None:
             return (None,) * 4

@@ -67,7 +67,8 @@ def packed_attention(
     backend: "auto", "chunked" or "reference".
 
     Returns out ``[T, H, Dh]`` in the query's dtype, and with ``return_lse`` also lse ``[T, H]``, fp32 (fp64 for fp64
-    inputs). Gradients flow to query, key and value from both outputs; differentiable once.
+    inputs). Gradients flow to query, key and value from both outputs; differentiable once: under
+    ``create_graph=True`` the backward raises RuntimeError.
     Numerics: fp32 (fp64) throughout, one rounding of each result; deterministic. A segment's result does not depend,
     bit for bit, on what its siblings' tokens hold.
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from specs_kernels import checks
 from specs_kernels.results import TokenLogprobs
 from specs_kernels.softmax import RunningSoftmax, accumulation_dtype, dscores_
 
@@ -83,8 +83,8 @@ class _SelectiveLogprob(torch.autograd.Function):
         return logp, entropy, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        checks.refuse_second_derivative("selective_logprob")
         logits, target_M, temperature_M, kept, maximum_M, log_total_M, mean_M = ctx.saved_tensors
         if all(grad is None for grad in grads):
             return (None,) * 6

@@ -34,7 +34,8 @@ def selective_logprob(
     backend: "auto", "chunked" or "reference".
 
     Returns ``(logp, entropy, lse)``, fp32 ``[N]`` (fp64 for fp64 inputs), entropy None unless asked for. All three pass
-    gradients to logits, rounded once to their dtype. Differentiable once. Numerics: statistics in fp32 (fp64), entropy
+    gradients to logits, rounded once to their dtype. Differentiable once: under
+    ``create_graph=True`` the backward raises RuntimeError. Numerics: statistics in fp32 (fp64), entropy
     from shifted scores; deterministic. On an accelerator the count of kept targets is read on the host.
 
     Where the logits need not exist, ``linear_logprob`` is the cheaper op.
