@@ -33,8 +33,6 @@ JOIN_TOKENS = 96
 """Only children join their parent's block up to this size: cheaper than one more level."""
 GROUP_COST = 50_000
 """Padded scores that cost about as much as launching one more group."""
-GROUP_WASTE = 0.15
-"""Share of padded scores that is always accepted."""
 MASK_ENTRIES = 1 << 22
 """Masks larger than this are formed tile by tile instead of being kept."""
 
@@ -230,23 +228,44 @@ def _within_window(piece: Piece, positions: Tensor, window: int) -> Piece | None
 
 
 def _grouped(pieces: Iterable[Piece], num_heads: int) -> list[list[Piece]]:
-    """Pieces of one kind and similar size, largest first; padding is accepted while it is cheaper than a new group."""
+    """Pieces of one kind and similar size, largest first, cut into groups of least cost: launches and padding."""
+    by_size: dict[tuple[str, int, int], list[Piece]] = {}
+    for piece in pieces:
+        by_size.setdefault((piece.kind, piece.num_queries, piece.num_keys), []).append(piece)
     groups: list[list[Piece]] = []
-    used = padded_keys = 0
-    ordered = sorted(pieces, key=lambda piece: (piece.kind, -piece.num_queries, -piece.num_keys, piece.query_start))
-    for piece in ordered:
-        area = piece.num_queries * piece.num_keys
-        if groups and groups[-1][0].kind == piece.kind:
-            group = groups[-1]
-            keys = max(padded_keys, piece.num_keys)
-            waste = (len(group) + 1) * group[0].num_queries * keys - used - area
-            if waste * num_heads <= GROUP_COST + GROUP_WASTE * (used + area) * num_heads:
-                group.append(piece)
-                used, padded_keys = used + area, keys
-                continue
-        groups.append([piece])
-        used, padded_keys = area, piece.num_keys
+    for kind in sorted({kind for kind, _, _ in by_size}):
+        sizes = sorted((size for size in by_size if size[0] == kind), reverse=True)
+        counts = [len(by_size[size]) for size in sizes]
+        for start, end in _cheapest_cuts([(q, k) for _, q, k in sizes], counts, num_heads):
+            groups.append([piece for size in sizes[start:end] for piece in by_size[size]])
     return groups
+
+
+def _cheapest_cuts(sizes: list[tuple[int, int]], counts: list[int], num_heads: int) -> list[tuple[int, int]]:
+    """Cut sizes (queries, keys), descending in queries, into ranges that minimise ``GROUP_COST`` + scores per range."""
+    best = [0.0]
+    begin = [0]
+    for end in range(1, len(sizes) + 1):
+        cheapest, at = float("inf"), end - 1
+        keys = pieces = used = 0
+        for start in range(end - 1, -1, -1):
+            keys = max(keys, sizes[start][1])
+            pieces += counts[start]
+            used += counts[start] * sizes[start][0] * sizes[start][1]
+            padded = pieces * sizes[start][0] * keys
+            cost = best[start] + GROUP_COST + padded * num_heads
+            if cost < cheapest:
+                cheapest, at = cost, start
+            if (padded - used) * num_heads > GROUP_COST * (end - start):
+                break  # a group per size is cheaper, and a longer range only pads more
+        best.append(cheapest)
+        begin.append(at)
+    cuts = []
+    end = len(sizes)
+    while end:
+        cuts.append((begin[end], end))
+        end = begin[end]
+    return cuts[::-1]
 
 
 def _build(layout: PackedLayout, num_heads: int, num_kv_heads: int, window: int | None) -> Plan:

@@ -1,0 +1,78 @@
+"""specs-kernels verify: passes here, fails for a wrong backend, and its exit code says so."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from specs_kernels import verify, verify_cases
+from specs_kernels.linear_logprob import op
+from specs_kernels.results import TokenLogprobs
+
+
+@pytest.fixture(autouse=True)
+def one_dtype_and_small_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first case of each op in fp32: the full run takes seconds and is a command of its own."""
+    full = dict(verify_cases._CASES)
+
+    def first(name: str):  # type: ignore[no-untyped-def]
+        def generate(generator, device):  # type: ignore[no-untyped-def]
+            case = next(full[name](generator, device))
+            yield verify_cases.Case(case.op, case.name, case.inputs, case.run, case.plain, (torch.float32,))
+
+        return generate
+
+    monkeypatch.setattr(verify_cases, "_CASES", {name: first(name) for name in full})
+
+
+def test_every_op_and_backend_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify.main(["verify", "--json", "--device", "cpu"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["passed"]
+    ran = {(row["op"], row["backend"], row["dtype"]) for row in document["results"]}
+    for name in ("linear_logprob", "selective_logprob", "packed_attention"):
+        for backend in ("reference", "chunked"):
+            assert {(name, backend, "float32"), (name, backend, "float64")} <= ran
+    assert ("policy_loss", "reference", "float32") in ran and ("preference_loss", "reference", "float32") in ran
+
+
+@pytest.mark.parametrize("factor, added", [(1.001, 0.0), (1.0, float("nan"))])
+def test_a_wrong_backend_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], factor: float, added: float
+) -> None:
+    right = op.linear_logprob_chunked
+
+    def wrong(*arguments):  # type: ignore[no-untyped-def]
+        logp, entropy, lse = right(*arguments)
+        return TokenLogprobs(logp, entropy * factor + added, lse)
+
+    monkeypatch.setattr(op, "linear_logprob_chunked", wrong)
+    assert verify.main(["verify", "linear_logprob", "--device", "cpu"]) == 1
+    out = capsys.readouterr().out
+    assert "FAIL" in out and "2 of 4 pass" in out
+
+
+def test_a_wrong_definition_fails_in_float64(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = op.linear_logprob_reference
+
+    def wrong(*arguments):  # type: ignore[no-untyped-def]
+        result = right(*arguments)
+        return result._replace(lse=result.lse + 1e-6)
+
+    monkeypatch.setattr(op, "linear_logprob_reference", wrong)
+    assert verify.main(["verify", "linear_logprob", "--json", "--device", "cpu"]) == 1
+    rows = json.loads(capsys.readouterr().out)["results"]
+    assert any(not row["passed"] and row["dtype"] == "float64" and row["tensor"] == "lse" for row in rows)
+
+
+def test_unknown_op_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        verify.main(["verify", "softmax"])
+    assert exit_.value.code == 2
+    assert "unknown op 'softmax'; ops: linear_logprob" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="unknown op 'softmax'"):
+        verify.verify(["softmax"])
