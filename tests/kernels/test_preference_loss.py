@@ -49,7 +49,7 @@ def test_no_margin_is_log_two_and_gradient_is_half_beta() -> None:
 @pytest.mark.parametrize("nll_mode", ["sequence", "token"])
 def test_equals_the_formula_written_per_sequence(smoothing: float, nll_mode: str) -> None:
     logp, ref, ids, lengths = batch()
-    pairs = torch.tensor([[0, 1], [3, 2], [4, 5]])
+    pairs = torch.tensor([[1, 0], [3, 2], [4, 5]])
     loss, metrics = preference_loss(
         logp, ref, ids, pairs, beta=0.3, label_smoothing=smoothing, nll_weight=0.7, nll_mode=nll_mode
     )
@@ -62,20 +62,20 @@ def test_equals_the_formula_written_per_sequence(smoothing: float, nll_mode: str
         ]
     ).mean()
     if nll_mode == "sequence":
-        nll = -torch.stack([policy[c].mean() for c in (0, 3, 4)]).mean()
+        nll = -torch.stack([policy[c].mean() for c in (1, 3, 4)]).mean()
     else:
-        nll = -torch.cat([policy[c] for c in (0, 3, 4)]).mean()
+        nll = -torch.cat([policy[c] for c in (1, 3, 4)]).mean()
     torch.testing.assert_close(loss, preference + 0.7 * nll)
     torch.testing.assert_close(torch.autograd.grad(loss, logp)[0], torch.autograd.grad(preference + 0.7 * nll, logp)[0])
-    chosen = [float(s[c].detach()) * 0.3 for c in (0, 3, 4)]
-    rejected = [float(s[r].detach()) * 0.3 for r in (1, 2, 5)]
+    chosen = [float(s[c].detach()) * 0.3 for c in (1, 3, 4)]
+    rejected = [float(s[r].detach()) * 0.3 for r in (0, 2, 5)]
     expected = {
         "rewards/chosen": sum(chosen) / 3,
         "rewards/rejected": sum(rejected) / 3,
         "rewards/margins": (sum(chosen) - sum(rejected)) / 3,
         "rewards/accuracies": sum(c > r for c, r in zip(chosen, rejected, strict=True)) / 3,
-        "logps/chosen": sum(float(policy[c].detach().sum()) for c in (0, 3, 4)) / 3,
-        "logps/rejected": sum(float(policy[r].detach().sum()) for r in (1, 2, 5)) / 3,
+        "logps/chosen": sum(float(policy[c].detach().sum()) for c in (1, 3, 4)) / 3,
+        "logps/rejected": sum(float(policy[r].detach().sum()) for r in (0, 2, 5)) / 3,
         "preference_loss": float(preference.detach()),
         "nll_loss": float(nll.detach()),
     }
@@ -145,7 +145,7 @@ def test_empty_completions_and_no_pairs_are_legal() -> None:
     assert float(metrics["logps/rejected"]) == 0
     assert float(loss) == pytest.approx(float(-F.logsigmoid(torch.tensor(1.0, dtype=torch.float64))) + 0.5 * 2.0)
     loss, metrics = preference_loss(logp, ref, ids, torch.zeros(0, 2, dtype=torch.int64), nll_weight=1.0)
-    assert float(loss) == 0 and all(float(value) == 0 for value in metrics.values())
+    assert float(loss.detach()) == 0 and all(float(value) == 0 for value in metrics.values())
     assert torch.equal(torch.autograd.grad(loss, logp)[0], torch.zeros(4, dtype=torch.float64))
     empty = torch.zeros(0, requires_grad=True)
     loss, _ = preference_loss(empty, empty.detach(), torch.zeros(0, dtype=torch.int64), PAIR)
