@@ -203,7 +203,9 @@ def rate_text(count: int, seconds: float) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """``8 s``, ``3 min 05 s``, ``2 h 07 min``."""
+    """``0.4 s``, ``18 s``, ``3 min 05 s``, ``2 h 07 min``."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

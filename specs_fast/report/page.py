@@ -100,7 +100,7 @@ def run_facts(run: Run) -> list[tuple[str, str]]:
         for part in (
             str(machine.get("gpu") or ""),
             str(machine.get("cpu") or ""),
-            f"{machine['threads']} threads" if machine.get("threads") else "",
+            f"{machine['threads']} CPU threads" if machine.get("threads") else "",
             str(machine.get("platform") or ""),
         )
         if part
@@ -138,7 +138,8 @@ def results_section(rows: list[Row], run: Run) -> str:
         for metric, title in (("accuracy_any", "Accuracy in any style, %"), ("format", "Format as asked, %"))
         if any(row.metric == metric and row.mode == mode for row in rows)
     ]
-    tables = "".join(_split_table(rows, split) for split in splits_of(rows))
+    first, *others = splits_of(rows)
+    tables = _split_table(rows, first) + "".join(_folded_table(rows, split) for split in others)
     settings = _mapping(run.evaluations[next(iter(run.evaluations))].summary.get("settings"))
     names = ("samples", "temperature", "max_new_tokens", "seed", "limit")
     asked = ", ".join(f"{key.replace('_', ' ')} {settings[key]}" for key in names if settings.get(key) is not None)
@@ -149,6 +150,18 @@ def results_section(rows: list[Row], run: Run) -> str:
         "written, <b>format</b> asks for the asked structure whatever the answer. "
         f"The same settings for every model: {escape(asked)}.</p>"
     )
+
+
+def _folded_table(rows: list[Row], split: str) -> str:
+    """A split's table behind one line that says what changed."""
+    part = [row for row in rows if row.split == split]
+    changes = []
+    for row in part:
+        cells = [cell for cell in row.cells.values() if cell is not None]
+        if row.mode == part[0].mode and row.metric in ("accuracy_any", "format") and len(cells) > 1:
+            changes.append(f"{row.title} {100 * cells[0].value:.1f} → {100 * cells[-1].value:.1f}")
+    summary = f"<b>{escape(split)}</b> {escape(', '.join(changes))}"
+    return f'<details class="fold"><summary>{summary}</summary>{_split_table(rows, split)}</details>'
 
 
 def _split_table(rows: list[Row], split: str) -> str:

@@ -36,12 +36,19 @@ def gallery_section(run: Run, images: ImageBook) -> str:
     if not answered:
         return '<p class="missing">No evaluated responses are there yet.</p>'
     splits = list(dict.fromkeys(split for rows in answered.values() for split, _ in rows))
-    limits = [QUESTIONS_FIRST_SPLIT, *[QUESTIONS_PER_SPLIT] * len(splits)]
-    return "".join(_split_gallery(split, answered, images, limit) for split, limit in zip(splits, limits, strict=False))
+    first, *others = splits
+    html = '<p class="note">The first sample of each model. Shown are some questions of each outcome, not the best ones.</p>'
+    html += _split_gallery(first, answered, images, QUESTIONS_FIRST_SPLIT, folded=False)
+    return html + "".join(_split_gallery(split, answered, images, QUESTIONS_PER_SPLIT, folded=True) for split in others)
 
 
 def _split_gallery(
-    split: str, answered: Mapping[str, Mapping[tuple[str, str], Any]], images: ImageBook, limit: int
+    split: str,
+    answered: Mapping[str, Mapping[tuple[str, str], Any]],
+    images: ImageBook,
+    limit: int,
+    *,
+    folded: bool,
 ) -> str:
     first, last = list(answered)[0], list(answered)[-1]
     shared = [key for key in answered[first] if key[0] == split and key in answered[last]]
@@ -50,12 +57,11 @@ def _split_gallery(
         groups[_right(answered[first][key]), _right(answered[last][key])].append(key)
     chosen = pick(list(groups.values()), limit)
     counts = " · ".join(f"{len(groups[outcome])} {title}" for outcome, title in OUTCOMES)
-    cards = "".join(_question_card(key, answered, images) for key in chosen)
-    return (
-        f'<h3>{escape(split)}</h3><p class="note">First sample of each model. From {MODEL_TITLES[first]} to '
-        f"{MODEL_TITLES[last]}: {counts}. Shown: some of each outcome, not the best ones.</p>"
-        f'<div class="cards">{cards}</div>'
-    )
+    said = f"{MODEL_TITLES[first]} to {MODEL_TITLES[last]}: {counts}"
+    cards = f'<div class="cards">{"".join(_question_card(key, answered, images) for key in chosen)}</div>'
+    if folded:
+        return f'<details class="fold"><summary><b>{escape(split)}</b> {said}</summary>{cards}</details>'
+    return f'<h3>{escape(split)}</h3><p class="note">{said}</p>{cards}'
 
 
 def pick(groups: Sequence[Sequence[Any]], limit: int) -> list[Any]:
