@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
+from specs_fast.data.processor import register
+
 _DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -22,6 +24,7 @@ _DTYPES = {
 }
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
 def load_model(
@@ -82,10 +85,18 @@ def load_processor(path_or_dir: str | Path) -> Any:
     path = str(path_or_dir)
     if not _is_hub_name(path) and not Path(path).is_dir():
         raise ValueError(f"{path}: no such folder")
+    register()
     try:
-        return AutoProcessor.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"{path}: no processor or tokenizer could be loaded from this folder: {error}") from error
+    declared = [name for name in _PROCESSOR_FILES if (Path(path) / name).is_file()]
+    if declared and not hasattr(processor, "image_processor"):
+        raise ValueError(
+            f"{path}: {declared[0]} declares a processor, but transformers loaded {type(processor).__name__} only, which would "
+            "drop every image; the processor class is unknown here, or a package that it needs (torchvision) is missing"
+        )
+    return processor
 
 
 def resolve_device(device: str) -> torch.device:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -113,3 +115,29 @@ def test_unknown_dtype_is_refused(saved: Path) -> None:
 def test_folder_without_a_processor_is_refused(saved: Path) -> None:
     with pytest.raises(ValueError, match="no processor or tokenizer"):
         load_processor(saved)
+
+
+def test_a_processor_folder_that_loads_as_a_tokenizer_only_is_refused(tmp_path: Path) -> None:
+    """In a fresh process, so that no other test has registered a class."""
+    from specs_fast.lab.processor import build_processor
+
+    build_processor().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "processor_config.json").read_text())
+    (tmp_path / "processor_config.json").write_text(json.dumps({**config, "processor_class": "NobodysProcessor"}))
+    tokenizer = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    tokenizer.pop("processor_class", None)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match="processor"):
+        load_processor(tmp_path)
+
+
+def test_the_labs_processor_loads_without_importing_the_lab(tmp_path: Path) -> None:
+    from specs_fast.lab.processor import build_processor
+
+    build_processor().save_pretrained(tmp_path)
+    code = (
+        "import sys; from specs_fast.models.load import load_processor; p = load_processor(sys.argv[1]); "
+        "assert p.image_processor is not None; assert not any(m.startswith('specs_fast.lab') for m in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
