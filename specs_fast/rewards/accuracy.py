@@ -192,7 +192,7 @@ def _stated_letter(pred: str) -> str | None:
         return match[1].upper() if {letter.upper() for letter in others} <= {match[1].upper()} else None
     letters = {letter.upper() for letter in _NAMED_LETTER.findall(pred)}
     if not letters:
-        text = re.sub(r"\bA\s(?=[a-z])", "", pred)  # the article
+        text = re.sub(r"\bA\s(?!or\b|and\b)(?=[a-z])", "", pred)  # the article
         letters = set(_LONE_CAPITAL.findall(text))
     return letters.pop() if len(letters) == 1 else None
 

@@ -84,7 +84,8 @@ def corrupt(text: str, tags: Sequence[str], kind: str, rng: random.Random) -> st
     - it keeps the format: the corruption of its reasoning and answer. ``natural`` does not apply.
     - it breaks the format: ``natural`` returns it as it is. A corruption is given the parts of `response_parts`, and the
       asked tags are written where the corruption leaves tags; it does not apply where there is no reasoning to part from
-      the answer. ``drop_all`` leaves a text without any tags as it is.
+      the answer. Except ``drop_all``: it removes the tags of whatever states an answer, and so leaves a text without any
+      as it is.
 
     The result always breaks the format (ValueError if it should not) and, as the corruptions move or remove tags only,
     states the same answer. ValueError for an unknown kind.
@@ -95,11 +96,11 @@ def corrupt(text: str, tags: Sequence[str], kind: str, rng: random.Random) -> st
     complete = parse_response(text, names).ok
     if kind == NATURAL:
         return None if complete or not text.strip() else text
-    if kind == "drop_all" and text.strip() and not TAG.search(text):
-        return text
+    if kind == "drop_all" and not TAG.search(text):
+        return text if text.strip() else None
     parts = response_parts(text, names)
     if parts is None:
-        return None
+        return (_untagged(text) if find_answer(text) is not None else None) if kind == "drop_all" else None
     return apply(CORRUPTIONS[kind], *parts, names, rng)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from specs_fast.rewards.normalise import NUMBER_RUN, boxed, clean, last_marker, number, number_list
 
-# Names that say what a pair of tags holds. Of tags with other names, the pair that opens last holds the answer.
+# Names that say what a pair of tags holds. Of two pairs with other names, the one that opens last holds the answer.
 ANSWER_NAMES = {
     "answer",
     "ans",
@@ -25,9 +25,16 @@ ANSWER_NAMES = {
     "conclusion",
 }
 REASONING_NAMES = {
-    "think", "thinking", "thought", "thoughts", "reason", "reasoning", "rationale", "plan", "work", "analysis",
-    "scratchpad", "look", "observe", "steps",
-}  # fmt: skip
+    "think",
+    "thinking",
+    "thought",
+    "thoughts",
+    "reason",
+    "reasoning",
+    "rationale",
+    "analysis",
+    "scratchpad",
+}
 TAG = re.compile(r"<(/?)([A-Za-z_][\w-]{0,31})>")
 
 _SENTENCE_END = re.compile(r"\s[.!?;](?=\s|$)|[.!?;](?=\s|$)|\n")
@@ -55,8 +62,9 @@ def extract_any(text: str) -> str | None:
     r"""The last answer that a response gives, in any style; None where there is none.
 
     The first of these that is there: the last non-blank pair of answer tags (of any name; an unclosed one counts to the
-    end), the last ``\boxed{}``, what follows the last "answer is" or "answer:", the last sentence (after "=" or "so",
-    its last number or list of numbers, or the whole of it when it is four words or fewer), the last number anywhere.
+    end), unless "the answer is" corrects it afterwards; the last ``\boxed{}``; what follows the last "answer is" or
+    "answer:"; the last sentence (after "=" or "so", its last number or list of numbers, or the whole of it when it is
+    four words or fewer); the last number anywhere.
     """
     found = find_answer(text)
     return None if found is None else found.value
@@ -64,22 +72,17 @@ def extract_any(text: str) -> str | None:
 
 def find_answer(text: str) -> Found | None:
     """`extract_any` with the place of the statement."""
+    plain = without_tags(text)  # as long as the text, so that positions carry over
     tagged = _tagged(text)
     if tagged is not None:
-        return tagged
-    plain = without_tags(text)
-    # Same length as the text, so that positions carry over.
+        # "I hope this answer is of use to you" after the tags is no answer; a short statement is a correction.
+        later = _marked(plain, tagged.end)
+        return later if later is not None and len(later.value.split()) <= MAX_WORDS else tagged
     content = boxed(plain)
     if content is not None:
         start = max(plain.rfind(r"\boxed"), plain.rfind(r"\fbox"))
         return Found(clean(content), start, len(plain), True)
-    marker = last_marker(plain)
-    if marker is not None:
-        end = _sentence_end(plain, marker.end())
-        value = clean(plain[marker.end() : end])
-        if value:
-            return Found(value, _phrase_start(plain, marker.start()), end, True)
-    return _from_last_sentence(plain)
+    return _marked(plain, 0) or _from_last_sentence(plain)
 
 
 def without_tags(text: str) -> str:
@@ -104,12 +107,22 @@ def tag_pairs(text: str) -> list[tuple[str, int, int, int, int]]:
     return sorted(pairs, key=lambda pair: pair[1])
 
 
+def _marked(plain: str, after: int) -> Found | None:
+    """What follows the last "answer is" or "answer:" at or behind a position, to the end of its sentence."""
+    marker = last_marker(plain)
+    if marker is None or marker.start() < after:
+        return None
+    end = _sentence_end(plain, marker.end())
+    value = clean(plain[marker.end() : end])
+    return Found(value, max(after, _phrase_start(plain, marker.start())), end, True) if value else None
+
+
 def _tagged(text: str) -> Found | None:
+    """The content of the last non-blank answer tags: those of an answer's name, and those that open last of several."""
     pairs = tag_pairs(text)
-    named = [pair for pair in pairs if pair[0] in ANSWER_NAMES]
-    if not named and len({pair[0] for pair in pairs}) > 1 and pairs[-1][0] not in REASONING_NAMES:
-        named = pairs[-1:]
-    for _, start, content_start, content_end, end in reversed(named):
+    several = len({pair[0] for pair in pairs}) > 1
+    last = pairs[-1:] if several and pairs[-1][0] not in REASONING_NAMES else []
+    for _, start, content_start, content_end, end in reversed([p for p in pairs if p[0] in ANSWER_NAMES or p in last]):
         value = _from_content(without_tags(text[content_start:content_end]))
         if value:
             return Found(value, start, end, True)

@@ -193,6 +193,15 @@ def test_an_empty_split_is_refused() -> None:
         run(says, {"id": [prompt("a")], "len": []})
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """A second thread gains nothing on so small a model, and waits in vain where the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The lab's architecture with random weights."""

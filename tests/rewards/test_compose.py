@@ -15,7 +15,9 @@ import torch
 
 from specs_fast.config import RewardConfig
 from specs_fast.data.types import Prompt
+from specs_fast.rewards.accuracy import accuracy_reward
 from specs_fast.rewards.compose import RewardError, RewardSet
+from specs_fast.rewards.format import format_reward
 
 RIGHT = "<think> so 10 . </think> <answer> 10 </answer>"
 WRONG = "<think> so 10 . </think> <answer> 11 </answer>"
@@ -193,3 +195,19 @@ def test_no_rewards_or_the_same_one_twice_or_no_finite_weight_are_refused() -> N
         RewardSet.from_config([RewardConfig("format"), RewardConfig("format", 2.0)])
     with pytest.raises(ValueError, match="weight of reward 'format' is nan"):
         RewardSet.from_config([RewardConfig("format", math.nan)])
+
+
+def test_the_builtin_rewards_take_everything_that_trl_passes() -> None:
+    logged: dict[str, float] = {}
+    passed: dict[str, Any] = {
+        "prompts": [[{"role": "user", "content": "what ?"}]],
+        "completions": [[{"role": "assistant", "content": RIGHT}]],
+        "completion_ids": [[1, 2]],
+        "answer": ["10"],
+        "images": [[]],
+        "trainer_state": None,
+        "log_extra": lambda column, values: None,
+        "log_metric": logged.__setitem__,
+    }
+    assert format_reward(**passed) == [0.5] and accuracy_reward(**passed) == [1.0]
+    assert logged == {"verify/timeouts": 0.0, "verify/failures": 0.0}

@@ -101,7 +101,7 @@ def test_every_corruption_of_a_response_with_reasoning_breaks_the_format_and_kee
         ("reason_plain", [*CORRUPTIONS, NATURAL]),
         ("direct", ["drop_all", NATURAL]),
         ("sentence", ["drop_all", NATURAL]),
-        ("answer_only", [NATURAL]),
+        ("answer_only", ["drop_all", NATURAL]),
     ],
 )
 def test_which_kinds_apply(style: str, kinds: list[str]) -> None:

@@ -43,6 +43,12 @@ REASONING = "i see 3 7 1 4 . totals 3 10 11 15 . so 15 ."
         # an answer that changes: the last one counts
         "<answer> 3 </answer> no , <answer> 15 </answer>",
         "the answer is 3 . wait , the answer is 15 .",
+        "<answer> 3 </answer> no , the answer is 15 .",
+        # tags with their names swapped
+        f"<result> {REASONING} </result> <reason> 15 </reason>".replace("reason", "work"),
+        "<reply> i see 3 7 1 4 . </reply> <plan> 15 </plan>",
+        "<answer> 15 </answer> <think> since 3 + 12 is what i see twice </think>",
+        "<answer> 15 </answer> I hope that this answer is of some use to you and your 3 friends.",
         # language models
         "Thus, the answer is 15.",
         "We add them up. The total is $15$.",
