@@ -212,12 +212,14 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 
 def claim(run_dir: Path, config: SpecsConfig) -> None:
-    """Write ``config.yaml``, or check that the folder's own trains the same thing.
+    """Write ``config.yaml``; where a stage is finished already, check that the folder's own trains the same thing.
 
     Evaluation settings, name and threads may change between two starts. ValueError naming the keys that may not.
     """
+    from specs_fast.report.run_data import STAGES
+
     path = run_dir / "config.yaml"
-    if path.is_file():
+    if path.is_file() and any((run_dir / stage).exists() for stage in STAGES):
         try:
             made_with = identity(load_config(path))
         except ConfigError as error:

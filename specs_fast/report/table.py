@@ -15,6 +15,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from specs_fast.report.run_data import MODEL_TITLES, Evaluation
 
@@ -109,18 +110,14 @@ def points(cell: Cell | None) -> str:
 
 def console_tables(rows: Sequence[Row]) -> Group:
     """The tables that ``specs-fast run`` prints: one a split, narrow enough for 80 columns."""
-    tables: list[Table | str] = []
+    tables: list[Table | Text] = []
     for split in splits_of(rows):
         part = [row for row in rows if row.split == split]
         shown = list(part[0].cells)
         last = shown[-1] if len(shown) > 1 and shown[0] == "base" else None
-        table = Table(
-            title=f"{split}: {max(row.prompts for row in part):,} held-out questions, percent ± standard error",
-            title_justify="left",
-            title_style="bold",
-            box=SIMPLE_HEAD,
-            padding=(0, 1, 0, 0),
-        )
+        count = max(row.prompts for row in part)
+        tables.append(Text(f"{split}: {count:,} held-out questions, percent ± standard error", style="bold"))
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.add_column("", no_wrap=True)
         for name in shown:
             table.add_column(MODEL_TITLES.get(name, name), justify="right", no_wrap=True)

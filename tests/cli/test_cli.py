@@ -100,10 +100,18 @@ def test_a_folder_of_another_configuration_is_refused_naming_the_keys(
     assert (tmp_path / "run" / "config.yaml").read_text() == before
 
 
+def test_a_start_that_finished_no_stage_may_be_corrected(calls: CALLS, recipe: str, tmp_path: Path) -> None:
+    calls.fail_in = "zero"
+    assert main(["run", recipe]) == 130
+    calls.fail_in = None
+    assert main(["run", recipe, "zero.optim.lr=2e-4"]) == 0
+    assert load_config(tmp_path / "run" / "config.yaml").zero.optim.lr == 2e-4
+
+
 def test_a_folder_whose_configuration_cannot_be_read_is_refused(
     calls: CALLS, recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "zero").mkdir(parents=True)
     (tmp_path / "run" / "config.yaml").write_text("from_the_future: 1\n")
     message = fails(capsys, "run", recipe)
     assert "from_the_future" in message and "delete" in message
