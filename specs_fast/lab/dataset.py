@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from specs_fast.lab.digits import Split, load_scans
-from specs_fast.lab.questions import ASKED_TAGS, OTHER_TAGS, UNSEEN_TAGS, Question, Tags, draw_question
+from specs_fast.lab.questions import ASKED_TAGS, OTHER_TAGS, Question, Tags, draw_question
 from specs_fast.lab.scenes import NOISY, PLAIN, SCATTERED, Look, Scene, compose
 
 
@@ -32,13 +32,12 @@ EVAL_SPLITS: dict[str, Variety] = {
     "len": Variety(lengths=(5,)),
     "phrase": Variety(unseen_wording=True),
     "format": Variety(tags=OTHER_TAGS),
-    "mixed_format": Variety(tags=UNSEEN_TAGS),
     "layout": Variety(look=SCATTERED),
     "noise": Variety(look=NOISY),
 }
 """``id`` is in-distribution but for its scans, which training never sees. Each other split changes one thing: five digits
-(``len``), wording (``phrase``), the required tags (``format``: pairs known to the base; ``mixed_format``: new combinations of
-them), size, place and angle of the digits (``layout``), noise, contrast and inversion (``noise``)."""
+(``len``), wording (``phrase``), the required tags (``format``: pairs that only the base's pre-training asked for), size,
+place and angle of the digits (``layout``), noise, contrast and inversion (``noise``)."""
 OUT_OF_DISTRIBUTION = tuple(name for name in EVAL_SPLITS if name != "id")
 
 

@@ -89,7 +89,7 @@ def _prompt(processor: ImageTextProcessor, question: Question) -> str:
 
 def draw_examples(split: str, questions: int, seed: int) -> list[Example]:
     """Fresh questions of a split, other than those that `build` writes for this seed."""
-    rng = np.random.default_rng([seed, 20_261, sorted(EVAL_SPLITS).index(split)])
+    rng = np.random.default_rng([seed, 20_261, int.from_bytes(split.encode("utf-8"), "little")])
     return [draw_example(EVAL_SPLITS[split], rng)[:2] for _ in range(questions)]
 
 

@@ -24,9 +24,6 @@ OTHER_TAGS: tuple[Tags, ...] = (
     ("plan", "result"),
 )
 """Tag pairs that the base saw requested during pre-training; post-training never asks for them."""
-UNSEEN_TAGS: tuple[Tags, ...] = (("reason", "reply"), ("work", "result"), ("plan", "final"))
-"""The same names in combinations that nothing ever asked for."""
-
 INSTRUCTIONS = (
     "Reason in <{0}> </{0}>, answer in <{1}> </{1}>.",
     "Use <{0}> </{0}> and <{1}> </{1}>.",

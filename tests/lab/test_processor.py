@@ -15,11 +15,11 @@ from transformers import AutoProcessor, AutoTokenizer
 from specs_fast.data.processor import ImageTextProcessor, register
 from specs_fast.lab.examples import GRID, IMAGE_TOKENS, Exchange, make_batch, prompt_head, prompt_tail
 from specs_fast.lab.processor import build_processor, build_tokenizer, vocabulary
-from specs_fast.lab.questions import ASKED_TAGS, OTHER_TAGS, UNSEEN_TAGS, draw_question
+from specs_fast.lab.questions import ASKED_TAGS, OTHER_TAGS, draw_question
 from specs_fast.lab.responses import STYLES, write_response
 from specs_fast.lab.scenes import HEIGHT, WIDTH, Scene
 
-TAGS = (ASKED_TAGS, *OTHER_TAGS, *UNSEEN_TAGS)
+TAGS = (ASKED_TAGS, *OTHER_TAGS)
 PROCESSOR = build_processor()
 TOKENIZER = PROCESSOR.tokenizer
 BLANK = Scene(np.zeros((HEIGHT, WIDTH), dtype=np.uint8), np.zeros((0, 2), dtype=np.float32))
