@@ -109,7 +109,20 @@ def test_only_the_pages_own_script_may_run(fake_run: Callable[..., Path]) -> Non
 
 
 @pytest.mark.parametrize(
-    "place", ["sample", "greedy", "prompt", "pair", "rollout", "split", "image", "corruption", "config"]
+    "place",
+    [
+        "sample",
+        "greedy",
+        "prompt",
+        "pair",
+        "rollout",
+        "split",
+        "second split",
+        "summary",
+        "image",
+        "corruption",
+        "config",
+    ],
 )
 def test_whatever_a_model_or_a_file_says_stays_text(fake_run: Callable[..., Path], place: str) -> None:
     run_dir = fake_run(n=6)
@@ -120,6 +133,8 @@ def test_whatever_a_model_or_a_file_says_stays_text(fake_run: Callable[..., Path
         attacked += 1
         if place == "sample":
             row["samples"] = [ATTACK] * 4
+        elif place == "second split":
+            row["split"] = row["split"] if row["split"] == "id" else ATTACK
         elif place in ("greedy", "prompt", "split"):
             row[place] = ATTACK
         elif place == "pair":
@@ -135,6 +150,11 @@ def test_whatever_a_model_or_a_file_says_stays_text(fake_run: Callable[..., Path
     if place == "config":
         with (run_dir / "config.yaml").open("a", encoding="utf-8") as file:
             file.write(f"name: {json.dumps(ATTACK)}\n")
+        attacked = 1
+    elif place == "summary":
+        for model in ("base", "zero", "coldstart", "final"):
+            path = run_dir / "eval" / f"{model}.json"
+            path.write_text(path.read_text().replace('"ood_tags"', json.dumps(ATTACK)))
         attacked = 1
     elif place in ("pair", "corruption"):
         edit_jsonl(run_dir / "pairs" / "pairs.jsonl", change)
