@@ -149,7 +149,6 @@ def eval_command(options: argparse.Namespace) -> None:
     )
     quiet_libraries()
     out = options.out or Path("eval") / f"{options.model.resolve().name}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
     result = evaluate(
         options.model, splits, config, out, device=options.device, dtype=options.dtype, progress=console_progress()
     )

@@ -78,6 +78,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
         block = {"accuracy_any": 0.5, "accuracy_strict": 0.25, "format": 0.5, "pass@2": 0.75}
         splits_found = {name: {"n": 2, "sampled": block, "greedy": block} for name in splits}
         result = {"model": str(model_dir), "splits": splits_found, "settings": {"samples": config.samples}}
+        out_path.parent.mkdir(parents=True, exist_ok=True)
         out_path.write_text(json.dumps(result), encoding="utf-8")
         return result
 
