@@ -100,7 +100,7 @@ def load_processor(path_or_dir: str | Path) -> Any:
 
 
 def resolve_device(device: str) -> torch.device:
-    """ "auto" is CUDA where there is one, else the CPU; anything else is a torch device."""
+    """CUDA where there is one, else the CPU, for "auto"; otherwise the torch device of that name."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(device)
