@@ -158,9 +158,8 @@ class Sampler:
         mask_RL = mask_PL[prompt_R] if mask_PL is not None else None
         for step in range(steps):
             token_R, logp_R = self._choose(logits_RV, uniforms[row_R, step] if not settings.greedy else None, settings)
+            tokens[row_R, step], logps[row_R, step] = token_R, logp_R  # what an ended row draws lies beyond its length
             live_R = ~finished[row_R]
-            tokens[row_R[live_R], step] = token_R[live_R]
-            logps[row_R[live_R], step] = logp_R[live_R]
             ended_R = live_R & torch.isin(token_R, self._eos_tokens)
             lengths[row_R[ended_R]] = step + 1
             finished[row_R[ended_R]] = True
