@@ -1,4 +1,4 @@
-"""Shared by all tests: one CPU thread per test process would hide nothing and slow much, so two; a small lab, built once."""
+"""Shared by all tests: one CPU thread (several waiting for each other crawl where the cores are shared), and a small lab, built once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from specs_fast.config import LabConfig
 from specs_fast.lab import LabPaths, build
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
