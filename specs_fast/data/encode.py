@@ -26,7 +26,8 @@ class Encoder:
     the text), a processor that does not return ``image_grid_thw``, videos.
     """
 
-    def __init__(self, processor: Any) -> None:
+    def __init__(self, processor: Any, end_token_ids: Iterable[int] = ()) -> None:
+        """end_token_ids: what ends a completion besides the tokenizer's own token; `decode` leaves them out too."""
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
         if self.tokenizer.eos_token_id is None:
@@ -34,6 +35,7 @@ class Encoder:
         self.eos_token_id = int(self.tokenizer.eos_token_id)
         pad = self.tokenizer.pad_token_id
         self.pad_token_id = self.eos_token_id if pad is None else int(pad)
+        self._silent = {self.eos_token_id, self.pad_token_id, *end_token_ids}
         self.image_token_id = _image_token_id(processor)
         self._cache: OrderedDict[tuple[str, str, str, int], EncodedPrompt] = OrderedDict()
         self._cached_bytes = 0
@@ -61,7 +63,7 @@ class Encoder:
 
     def decode(self, token_ids: Tensor) -> str:
         """Text of a completion without its end-of-sequence and padding tokens; every other token stays visible."""
-        ids = [token for token in token_ids.tolist() if token not in (self.eos_token_id, self.pad_token_id)]
+        ids = [token for token in token_ids.tolist() if token not in self._silent]
         text: str = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return text
 
@@ -73,7 +75,13 @@ class Encoder:
                     f"{prompt.source}: the prompt has {len(prompt.images)} images but the model reads text only"
                 )
             messages = [{**m, "content": "".join(part["text"] for part in m["content"])} for m in messages]
-        text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template raises whatever it likes: unknown roles, an order of turns, no template
+            raise ValueError(
+                f"{prompt.source}: the model's chat template refused the prompt ({type(error).__name__}: {error}); "
+                "change the row's roles or turns, or give the tokenizer a chat template that takes them"
+            ) from error
         if self.image_token_id is None:
             ids = torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
             return EncodedPrompt(prompt.id, ids, torch.zeros_like(ids))

@@ -70,12 +70,14 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected JSON lines in TRL's conversational format")
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}:{number}: not UTF-8 ({error}); save the file as UTF-8") from None
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno})") from None
             if not isinstance(row, dict):
@@ -225,7 +227,11 @@ def _response_text(row: dict[str, Any], column: str, source: str) -> str:
 
 
 def _check_tags(tags: object, source: str) -> None:
-    valid = isinstance(tags, list) and len(tags) == 2 and all(isinstance(t, str) and t.isidentifier() for t in tags)
+    valid = (
+        isinstance(tags, list)
+        and len(tags) == 2
+        and all(isinstance(t, str) and t.isascii() and t.isidentifier() for t in tags)
+    )
     if not valid or (isinstance(tags, list) and tags[0] == tags[1]):
         raise ValueError(f"{source}: 'tags' must be two different tag names such as ['think', 'answer'], got {tags!r}")
 

@@ -43,7 +43,7 @@ class Policy:
         if not trainable:
             model.requires_grad_(False)
         processor = load_processor(model_dir)
-        return cls(model, processor, Encoder(processor), config.packing)
+        return cls(model, processor, Encoder(processor, configured_eos(model)), config.packing)
 
     def score(self, trees: Sequence[Tree], *, temperature: float = 1.0, return_entropy: bool = False) -> Scores:
         """Log-probs of all response tokens of the trees; differentiable in the model's trainable parameters."""
@@ -82,11 +82,16 @@ class Policy:
         self.processor.save_pretrained(folder)
 
 
-def eos_token_ids(model: PreTrainedModel, encoder: Encoder) -> list[int]:
-    """Every token that ends a response: the generation config's and the tokenizer's."""
+def configured_eos(model: PreTrainedModel) -> list[int]:
+    """End-of-sequence tokens that the model's generation config names; several for many chat models."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
-    return sorted({encoder.eos_token_id, *(int(token) for token in ids if token is not None)})
+    return [int(token) for token in ids if token is not None]
+
+
+def eos_token_ids(model: PreTrainedModel, encoder: Encoder) -> list[int]:
+    """Every token that ends a response: the generation config's and the tokenizer's."""
+    return sorted({encoder.eos_token_id, *configured_eos(model)})
 
 
 def conversation(text: str) -> list[dict[str, str]]:
@@ -94,9 +99,12 @@ def conversation(text: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": text}]
 
 
-def column_lists(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
-    """The prompts' own columns as lists, one entry per prompt, None where a row lacks one; ``tags`` always present."""
-    names = sorted({name for prompt in prompts for name in prompt.columns})
+def column_lists(prompts: Sequence[Prompt], names: Sequence[str] = ()) -> dict[str, list[Any]]:
+    """The prompts' own columns as lists, one entry per prompt, None where a row lacks one; ``tags`` always present.
+
+    names: columns to give besides, so that a column which few rows have does not come and go with the batch.
+    """
+    names = sorted({*names, *(name for prompt in prompts for name in prompt.columns)})
     columns: dict[str, list[Any]] = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
     columns["tags"] = [list(prompt.tags) for prompt in prompts]
     return columns

@@ -60,6 +60,20 @@ def test_completions_end_and_decode_back(encoder: Encoder) -> None:
         encoder.completion("  ")
 
 
+def test_every_token_that_ends_a_completion_is_left_out_of_its_text(encoder: Encoder) -> None:
+    other_end = encoder.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    several = Encoder(encoder.processor, [encoder.eos_token_id, other_end])
+    ids = torch.cat([encoder.completion("the answer is 7")[:-1], torch.tensor([other_end])])
+    assert several.decode(ids) == "the answer is 7" and encoder.decode(ids) != "the answer is 7"
+
+
+def test_a_prompt_that_the_chat_template_refuses_is_named(mini_lab: LabPaths) -> None:
+    tokenizer = load_processor(mini_lab.base_dir).tokenizer
+    tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(ValueError, match=r"made\.jsonl:7: the model's chat template refused .*no system role"):
+        Encoder(tokenizer).prompt(text_prompt("sum ?"))
+
+
 def test_a_literal_image_token_in_the_text_is_refused_with_its_row(encoder: Encoder) -> None:
     literal = replace(text_prompt("sum <|image_pad|> ?"), id="literal")
     with pytest.raises(ValueError, match=r"made\.jsonl:7"):

@@ -86,6 +86,7 @@ def test_string_prompts_put_images_where_the_text_says_or_first(folder: Path) ->
         ({"prompt": [{"role": "user", "content": [{"type": "video"}]}]}, r":2: a content part must be"),
         (row(), r":2: id 'q1' is already used by .*:1"),
         (row(id="x", tags=["think"]), r":2: 'tags' must be two different tag names"),
+        (row(id="x", tags=["gedanke", "lösung"]), r":2: 'tags' must be two different tag names"),
         (row(id="x", images="images/a.png"), r":2: 'images' must be a list of paths"),
     ],
 )
@@ -95,6 +96,13 @@ def test_a_bad_row_is_named_with_file_row_and_fault(folder: Path, bad: Any, says
     (folder / "images" / "text.png").write_text("not an image")
     with pytest.raises(ValueError, match=says):
         load_prompts(write(folder / "d.jsonl", row(), bad))
+
+
+def test_a_row_that_is_not_utf_8_is_named(folder: Path) -> None:
+    path = write(folder / "d.jsonl", row())
+    path.write_bytes(path.read_bytes().rstrip() + '\n{"prompt": "größer?"}\n'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"d\.jsonl:2: not UTF-8"):
+        load_prompts(path)
 
 
 def test_a_missing_or_empty_file_is_named(tmp_path: Path) -> None:
