@@ -161,8 +161,8 @@ class GRPOConfig:
     aggregation: how token losses become one number: "dapo" (token sum over all tokens; TRL's default), "bnpo",
         "grpo", "dr_grpo".
     scale_rewards: divide advantages by the standard deviation of the "group" (paper's GRPO) or the "batch", or "none".
-    micro_batch_tokens: tokens of one forward and backward, prompts and responses together; bounds memory, never
-        changes the result.
+    micro_batch_tokens: tokens of one forward and backward, prompts and responses together; bounds memory, and changes
+        the result with "bnpo" only, which averages over each micro-batch by itself.
     log_completions_every: rollout batches between logged samples of completions.
     sampling: see SamplingConfig.
     """

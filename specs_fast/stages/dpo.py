@@ -52,7 +52,7 @@ def run_dpo(
     started = time.perf_counter()
     reference, cached = reference_logps(policy, trees, base, config, cache_dir, progress, stage)
     per_step = min(config.batch_size, len(pairs))
-    steps = config.epochs * -(-len(pairs) // per_step)
+    steps = -(-config.epochs * len(pairs) // per_step)
     steps = steps if config.max_steps is None else min(steps, config.max_steps)
     optimizer = Optimizer(policy.model, config.optim, steps)
     order = epochs(len(pairs), per_step, stage_seed(seed, stage))
@@ -133,9 +133,9 @@ def reference_logps(
 ) -> tuple[list[Tensor], bool]:
     """Log-probs of every pair under the starting model, float32 ``[N_i]`` each, and whether they came from the cache.
 
-    The cache's name is a hash of the model's weights, every token and pixel key of the data, and the packing.
+    The cache's name is a hash of the model's weights, every token and pixel key of the data, and how they are computed.
     """
-    path = cache_dir / f"reference-{cache_key(trees, base, policy)}.safetensors"
+    path = cache_dir / f"reference-{cache_key(trees, base, policy, config)}.safetensors"
     lengths = [tree.num_response_tokens for tree in trees]
     if path.is_file():
         return list(load_file(path)["logp"].split(lengths)), True
@@ -152,9 +152,11 @@ def reference_logps(
     return logps, False
 
 
-def cache_key(trees: Sequence[Tree], base: str, policy: Policy) -> str:
-    """20 hex digits over everything the reference log-probs depend on."""
-    digest = hashlib.sha256(json.dumps([base, policy.packing, str(policy.model.dtype), torch.__version__]).encode())
+def cache_key(trees: Sequence[Tree], base: str, policy: Policy, config: DPOConfig) -> str:
+    """20 hex digits over everything the reference log-probs depend on, to the last bit."""
+    model = policy.model
+    settings = [base, policy.packing, str(model.dtype), model.device.type, config.micro_batch_tokens, torch.__version__]
+    digest = hashlib.sha256(json.dumps(settings).encode())
     for tree in trees:
         digest.update(tree.prompt.input_ids.numpy().tobytes())
         digest.update("".join(image.key for image in tree.prompt.images).encode())

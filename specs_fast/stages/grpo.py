@@ -67,6 +67,8 @@ def run_grpo(
     optimizer = Optimizer(policy.model, config.optim, config.steps * config.minibatches)
     order = epochs(len(prompts), config.prompts_per_step, stage_seed(seed, stage))
     started = time.perf_counter()
+    columns = sorted({name for prompt in prompts for name in prompt.columns})
+    timeouts_before = rewards.timeouts
     mean_rewards: list[float] = []
     num_tokens = 0
     with (
@@ -77,7 +79,7 @@ def run_grpo(
         for step in range(1, config.steps + 1):
             step_started = time.perf_counter()
             batch = [prompts[index] for index in next(order)]
-            rollouts = collect(policy, reference, batch, rewards, config, stage_seed(seed, stage, step))
+            rollouts = collect(policy, reference, batch, rewards, config, stage_seed(seed, stage, step), columns)
             sampled = time.perf_counter()
             metrics = rollout_metrics(rollouts) | update(policy, optimizer, rollouts, config)
             num_tokens += sum(tree.num_tokens for tree in rollouts.trees)
@@ -100,14 +102,23 @@ def run_grpo(
         "reward_first": mean_rewards[0],
         "reward_last": mean_rewards[-1],
         "num_tokens": num_tokens,
-        "timeouts": rewards.timeouts,
+        "timeouts": rewards.timeouts - timeouts_before,
     }
 
 
 def collect(
-    policy: Policy, reference: Policy | None, prompts: list[Prompt], rewards: RewardSet, config: GRPOConfig, seed: int
+    policy: Policy,
+    reference: Policy | None,
+    prompts: list[Prompt],
+    rewards: RewardSet,
+    config: GRPOConfig,
+    seed: int,
+    columns: Sequence[str] = (),
 ) -> Rollouts:
-    """Sample, score and compare: everything of a step that needs no gradient."""
+    """Sample, score and compare: everything of a step that needs no gradient.
+
+    columns: data columns that reward functions get even where none of these prompts has them.
+    """
     completions = policy.sample(prompts, config.sampling, config.group_size, seed)
     trees = [
         Tree(policy.encoder.prompt(prompt), tuple(completion.token_ids for completion in group))
@@ -115,7 +126,7 @@ def collect(
     ]
     texts = [policy.encoder.decode(completion.token_ids) for group in completions for completion in group]
     owners = [prompt for prompt in prompts for _ in range(config.group_size)]
-    result = rewards.score(owners, [conversation(text) for text in texts], column_lists(owners))
+    result = rewards.score(owners, [conversation(text) for text in texts], column_lists(owners, columns))
     advantages, flat = group_advantages(result.total, config.group_size, scale=config.scale_rewards)
     temperature = config.sampling.temperature
     old_logp = policy.score_in_batches(trees, config.micro_batch_tokens, temperature=temperature)
@@ -166,8 +177,8 @@ def minibatch_gradient(policy: Policy, rollouts: Rollouts, indices: list[int], c
             aggregation=config.aggregation,
             denominator=_denominator(config, trees, num_tokens),
         )
-        if config.aggregation == "bnpo":
-            loss = loss / len(batches)
+        if config.aggregation == "bnpo":  # every micro-batch has its own denominator: average them, as TRL does
+            loss, metrics = loss / len(batches), {key: value / len(batches) for key, value in metrics.items()}
         loss.backward()
         totals.add(metrics)
         assert scores.entropy is not None
@@ -191,12 +202,12 @@ def _denominator(config: GRPOConfig, trees: Sequence[Tree], num_tokens: int) -> 
 
 
 def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
-    """TRL's rollout metrics, and how far the sampler's log-probs are from the trainer's."""
+    """TRL's rollout metrics, what reward functions logged, and how far the sampler's log-probs are from the trainer's."""
     flat = [completion for group in rollouts.completions for completion in group]
     lengths = torch.tensor([len(completion) for completion in flat], dtype=torch.float32)
     terminated = torch.tensor([len(completion) for completion in flat if completion.finished], dtype=torch.float32)
     total = rollouts.rewards.total
-    metrics = {
+    metrics = rollouts.rewards.metrics | {
         "reward": float(total.mean()),
         "reward_std": float(total.view(len(rollouts.trees), -1).std(dim=1).mean()),
         "frac_reward_zero_std": float(rollouts.flat_groups.float().mean()),

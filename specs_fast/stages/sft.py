@@ -44,7 +44,7 @@ def run_sft(
             raise ValueError(f"{prompt.source}: the response is empty; drop the row")
         trees.append(Tree(policy.encoder.prompt(prompt), (policy.encoder.completion(response),)))
     per_step = min(config.batch_size, len(trees))
-    steps = config.epochs * -(-len(trees) // per_step)
+    steps = -(-config.epochs * len(trees) // per_step)
     steps = steps if config.max_steps is None else min(steps, config.max_steps)
     optimizer = Optimizer(policy.model, config.optim, steps)
     order = epochs(len(trees), per_step, stage_seed(seed, stage))

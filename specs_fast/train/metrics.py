@@ -34,8 +34,7 @@ class JsonlWriter:
         self._file = path.open("w", encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:
-        finite = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in row.items()}
-        self._file.write(json.dumps(finite, ensure_ascii=False) + "\n")
+        self._file.write(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
 
     def __enter__(self) -> JsonlWriter:
@@ -43,3 +42,12 @@ class JsonlWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._file.close()
+
+
+def _finite(value: Any) -> Any:
+    """The value with every number that JSON has no word for, at any depth, as None."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

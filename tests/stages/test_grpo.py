@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from specs_fast.data.rows import load_prompts
 from specs_fast.data.types import Prompt
 from specs_fast.lab import LabPaths
 from specs_fast.rewards.compose import RewardSet
+from specs_fast.rewards.format import format_reward
 from specs_fast.stages.common import Policy
 from specs_fast.stages.grpo import Rollouts, collect, minibatch_gradient, run_grpo
 
@@ -67,6 +69,44 @@ def test_micro_batches_and_packing_never_change_the_gradient(
     for key in ("loss", "entropy", "kl"):
         assert cut_metrics[key] == pytest.approx(metrics[key], abs=1e-5)
         assert padded_metrics[key] == pytest.approx(metrics[key], abs=1e-5)
+
+
+def test_bnpo_averages_micro_batches_in_metrics_as_in_the_loss(mini_lab: LabPaths, prompts: list[Prompt]) -> None:
+    config = replace(CONFIG, aggregation="bnpo")
+    policy = Policy.load(mini_lab.base_dir, MODEL, trainable=True)
+    rollouts = rollouts_of(policy, prompts, config)
+    for micro_batch_tokens in (16384, 1):
+        _, metrics = gradient(policy, rollouts, replace(config, micro_batch_tokens=micro_batch_tokens))
+        assert metrics["ratio/mean"] == pytest.approx(1.0, abs=1e-4)
+
+
+def test_rewards_get_every_column_of_the_data_and_what_they_log_is_a_metric(
+    mini_lab: LabPaths, prompts: list[Prompt], tmp_path: Path
+) -> None:
+    rare = [*prompts[:20], replace(prompts[20], columns={**prompts[20].columns, "hint": "look left"})]
+    seen: set[str | None] = set()
+
+    def hinted(prompts: list[Any], completions: list[Any], hint: list[str | None], log_metric: Any, **_: Any) -> Any:
+        seen.update(hint)
+        log_metric("hints", float(len(hint)))
+        return [None, *[1.0] * (len(completions) - 1)]
+
+    rewards = RewardSet({"format": format_reward, "hinted": hinted})
+    rewards.timeouts = 3  # of an earlier stage
+    summary = run_grpo(
+        replace(CONFIG, steps=2, prompts_per_step=2),
+        MODEL,
+        stage="zero",
+        model_dir=mini_lab.base_dir,
+        prompts=rare,
+        rewards=rewards,
+        out_dir=tmp_path,
+        seed=0,
+    )
+    assert None in seen and summary["timeouts"] == 0
+    assert [json.loads(line)["hints"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [8.0, 8.0]
+    first = json.loads((tmp_path / "completions.jsonl").read_text().splitlines()[0])
+    assert first["rewards"]["hinted"] is None
 
 
 def test_groups_without_variance_give_exactly_zero_gradient(mini_lab: LabPaths, prompts: list[Prompt]) -> None:

@@ -95,8 +95,8 @@ def test_metrics_add_and_non_finite_values_become_null(tmp_path: Path) -> None:
     total.add({"a": 0.5, "b": 1.0})
     assert total.values == {"a": 0.75, "b": 1.0}
     with JsonlWriter(tmp_path / "m.jsonl") as writer:
-        writer.write({"x": float("nan"), "y": 1})
-    assert json.loads((tmp_path / "m.jsonl").read_text()) == {"x": None, "y": 1}
+        writer.write({"x": float("nan"), "y": 1, "z": {"deep": [float("inf"), 2.0]}})
+    assert json.loads((tmp_path / "m.jsonl").read_text()) == {"x": None, "y": 1, "z": {"deep": [None, 2.0]}}
 
 
 def test_a_stage_is_complete_or_absent(tmp_path: Path) -> None:
