@@ -21,13 +21,13 @@ from specs_fast.data.types import Completion, Prompt
 from specs_fast.evals.metrics import generalization_factor, mean, pass_at_k, standard_error
 from specs_fast.models.load import load_model, load_processor
 from specs_fast.progress import SILENT, Progress, Task
-from specs_fast.rewards.accuracy import check_gold, compare_answers
+from specs_fast.rewards.accuracy import check_answer, compare_answers
 from specs_fast.rewards.extract import extract_any
 from specs_fast.rewards.format import parse_response
 from specs_fast.rewards.verify import Verdict
 from specs_fast.rollout.engine import Engine
 from specs_fast.rollout.sampler import Sampler
-from specs_fast.stages.common import dump, eos_token_ids
+from specs_fast.stages.common import configured_eos, dump, eos_token_ids
 from specs_fast.structured import to_data
 from specs_fast.train.stage_dir import write_json
 
@@ -74,7 +74,7 @@ def evaluate(
     prompts = {name: _load(path, config.limit) for name, path in splits.items()}
     model = load_model(model_dir, dtype=dtype, device=device)
     model.requires_grad_(False)
-    encoder = Encoder(load_processor(model_dir))
+    encoder = Encoder(load_processor(model_dir), configured_eos(model))
     sampler = Sampler(model, eos_token_ids=eos_token_ids(model, encoder), pad_token_id=encoder.pad_token_id)
     out_path = Path(out_path)
     result, rows = evaluate_prompts(sampler, encoder, prompts, config, progress=progress, name=out_path.stem)
@@ -128,17 +128,6 @@ def evaluate_prompts(
     if IN_DISTRIBUTION in results and len(results) > 1:
         result["generalization_factor"] = _generalization(results)
     return result, rows
-
-
-def check_answer(prompt: Prompt) -> None:
-    """ValueError naming the row unless the prompt has a gold answer that can be scored."""
-    gold = prompt.columns.get("answer")
-    if gold is None:
-        raise ValueError(f"{prompt.source}: column 'answer' is missing; evaluation needs the gold answer")
-    try:
-        check_gold(str(gold))
-    except ValueError as error:
-        raise ValueError(f"{prompt.source}: {error}") from None
 
 
 def judge(prompt: Prompt, text: str, completion: Completion) -> Response:

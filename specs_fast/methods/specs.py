@@ -18,15 +18,17 @@ from specs_fast.config import SpecsConfig
 from specs_fast.data.encode import Encoder, check_lengths
 from specs_fast.data.rows import load_pairs, load_prompts
 from specs_fast.data.types import Prompt
-from specs_fast.models.load import load_processor
+from specs_fast.models.hub import local_folder
+from specs_fast.models.load import load_processor, resolve_device
 from specs_fast.progress import SILENT, Progress
-from specs_fast.rewards.accuracy import check_gold
+from specs_fast.rewards.accuracy import check_answer
 from specs_fast.rewards.compose import RewardSet
-from specs_fast.stages.dpo import run_dpo
+from specs_fast.rewards.consistency import load_judge
+from specs_fast.stages.dpo import check_origin, run_dpo
 from specs_fast.stages.grpo import run_grpo
 from specs_fast.stages.pairs import run_pairs
 from specs_fast.stages.sft import run_sft
-from specs_fast.train.stage_dir import is_done, run_stage
+from specs_fast.train.stage_dir import fingerprint, is_done, run_stage
 
 CHECKPOINTS = ("zero", "coldstart", "final")
 
@@ -34,12 +36,17 @@ CHECKPOINTS = ("zero", "coldstart", "final")
 def run(config: SpecsConfig, run_dir: Path, progress: Progress = SILENT) -> dict[str, Path]:
     """Run or continue SPECS in ``run_dir``: name -> model folder of base, zero, coldstart and final.
 
-    All data is checked before any training; ValueError names file, row, value and way out.
+    Everything that later stages and the evaluation need is checked before any training: data and question files, rewards,
+    judge, device. ValueError names file, row, value and way out.
     """
-    base_dir = Path(config.model.path)
+    base_dir = local_folder(config.model.path)
     folders = {name: run_dir / name for name in (*CHECKPOINTS, "pairs")}
     if not all([is_done(folder) for folder in folders.values()]):
-        prompts = load_training_prompts(config, progress)
+        resolve_device(config.model.device)
+        load_judge(config.pairs.judge)
+        encoder = Encoder(load_processor(base_dir))
+        prompts = load_training_prompts(config, encoder, progress)
+        check_questions(config, encoder, progress)
         with RewardSet.from_config(config.rewards) as rewards:
             _run_stages(config, base_dir, folders, prompts, rewards, progress)
     return {"base": base_dir, **{name: folders[name] for name in CHECKPOINTS}}
@@ -103,6 +110,7 @@ def _cold_start(
     """DPO + SFT from base on the pairs, or the control: SFT on their chosen side."""
     pairs = load_pairs(pairs_dir / "pairs.jsonl")
     if config.coldstart.kind == "sft":
+        check_origin(pairs, fingerprint(base_dir))
         return run_sft(
             config.coldstart,
             config.model,
@@ -126,17 +134,11 @@ def _cold_start(
     )
 
 
-def load_training_prompts(config: SpecsConfig, progress: Progress) -> list[Prompt]:
+def load_training_prompts(config: SpecsConfig, encoder: Encoder, progress: Progress) -> list[Prompt]:
     """The training prompts, every row checked: gold answers scorable, lengths within the limit."""
     prompts = load_prompts(config.data.train)
     for prompt in prompts:
-        if "answer" not in prompt.columns:
-            raise ValueError(f"{prompt.source}: column 'answer' is missing; rewards and pairs need the gold answer")
-        try:
-            check_gold(str(prompt.columns["answer"]))
-        except ValueError as error:
-            raise ValueError(f"{prompt.source}: {error}") from None
-    encoder = Encoder(load_processor(config.model.path))
+        check_answer(prompt)
     with progress.track("checking prompts", len(prompts)) as bar:
         kept, filtered = check_lengths(
             prompts,
@@ -150,3 +152,14 @@ def load_training_prompts(config: SpecsConfig, progress: Progress) -> list[Promp
             f"{filtered} of {len(prompts)} prompts are over max_prompt_tokens and left out (data.filter_overlong)"
         )
     return kept
+
+
+def check_questions(config: SpecsConfig, encoder: Encoder, progress: Progress) -> None:
+    """Read every evaluation question as the evaluation will, after the training: a fault in one must not wait until then."""
+    splits = {name: load_prompts(path)[: config.eval.limit] for name, path in config.eval.splits.items()}
+    with progress.track("checking evaluation questions", sum(map(len, splits.values()))) as bar:
+        for prompts in splits.values():
+            for prompt in prompts:
+                check_answer(prompt)
+                encoder.prompt(prompt)
+                bar.advance(1)

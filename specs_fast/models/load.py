@@ -48,7 +48,7 @@ def load_model(
     if dtype not in _DTYPES:
         raise ValueError(f"dtype is {dtype!r}; allowed: {', '.join(_DTYPES)}")
     path = str(path_or_dir)
-    if not _is_hub_name(path):
+    if not is_hub_name(path):
         check_model_folder(Path(path))
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -83,7 +83,7 @@ def load_processor(path_or_dir: str | Path) -> Any:
     """The processor of a vision-language model, or the tokenizer of a language model. Raises ValueError for a folder
     that is not there or holds neither."""
     path = str(path_or_dir)
-    if not _is_hub_name(path) and not Path(path).is_dir():
+    if not is_hub_name(path) and not Path(path).is_dir():
         raise ValueError(f"{path}: no such folder")
     register()
     try:
@@ -100,10 +100,22 @@ def load_processor(path_or_dir: str | Path) -> Any:
 
 
 def resolve_device(device: str) -> torch.device:
-    """CUDA where there is one, else the CPU, for "auto"; otherwise the torch device of that name."""
+    """CUDA where there is one, else the CPU, for "auto"; otherwise the torch device of that name.
+
+    ValueError for a name that is no device, and for a CUDA device that is not there.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device {device!r} is no device; allowed: auto, cpu, cuda or cuda:N") from None
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {device!r} is not here: PyTorch sees {torch.cuda.device_count()} CUDA devices; use auto or cpu "
+            "(`specs-fast doctor` shows what is here)"
+        )
+    return found
 
 
 def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
@@ -165,7 +177,7 @@ def _weight_files(folder: Path) -> list[str]:
         raise ValueError(f"{index}: not a safetensors index ({error!r}); copy it again or save it again") from error
 
 
-def _is_hub_name(path: str) -> bool:
+def is_hub_name(path: str) -> bool:
     """``owner/model`` with no such local folder; everything else is a local path."""
     return (
         not Path(path).exists() and path.count("/") == 1 and not path.startswith((".", "/", "~")) and "\\" not in path

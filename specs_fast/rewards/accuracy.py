@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
+from specs_fast.data.types import Prompt
 from specs_fast.rewards.format import _tags_of, completion_text, parse_response
 from specs_fast.rewards.normalise import NUMBER_RUN, clean, number, number_list, same_number
 from specs_fast.rewards.verify import Verdict, Verifier, shared_verifier
@@ -108,6 +109,23 @@ def check_gold(answer: str) -> None:
         raise ValueError(_gold_message(answer, "takes too long to parse"))
     if verdict is not Verdict.EQUAL:
         raise ValueError(_gold_message(answer, "cannot be parsed"))
+
+
+def check_answer(prompt: Prompt) -> None:
+    """ValueError naming the row unless the prompt has a gold answer, a text or a number, that can be scored."""
+    gold = prompt.columns.get("answer")
+    if gold is None:
+        raise ValueError(
+            f"{prompt.source}: column 'answer' is missing; rewards, pairs and evaluation need the gold answer"
+        )
+    if not isinstance(gold, str | int | float):
+        raise ValueError(
+            f"{prompt.source}: the gold answer must be a text or a number, got {gold!r}; write it in quotes"
+        )
+    try:
+        check_gold(str(gold))
+    except ValueError as error:
+        raise ValueError(f"{prompt.source}: {error}") from None
 
 
 def by_rules(pred: str, gold: str) -> bool | None:

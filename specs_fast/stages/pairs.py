@@ -21,7 +21,7 @@ from specs_fast.config import ModelConfig, PairsConfig
 from specs_fast.data.types import Prompt
 from specs_fast.progress import SILENT, Progress
 from specs_fast.rewards.accuracy import answers_equal
-from specs_fast.rewards.consistency import load_judge
+from specs_fast.rewards.consistency import Judge, load_judge
 from specs_fast.rewards.corruption import corrupt_by_mix
 from specs_fast.rewards.extract import extract_any
 from specs_fast.rewards.format import parse_response
@@ -136,9 +136,19 @@ def filter_chosen(
         parsed = [(text, parse_response(text, prompt.tags)) for text in texts]
         parsed = [(text, parts) for text, parts in parsed if parts.ok and _tag_answer_correct(prompt, parts.answer)]
         counts["format"] += len(parsed)
-        kept.append([text for text, parts in parsed if judge(str(parts.reasoning), str(parts.answer))])
+        kept.append([text for text, parts in parsed if _agrees(judge, prompt, str(parts.reasoning), str(parts.answer))])
         counts["consistent"] += len(kept[-1])
     return kept, counts
+
+
+def _agrees(judge: Judge, prompt: Prompt, reasoning: str, answer: str) -> bool:
+    try:
+        return judge(reasoning, answer)
+    except Exception as error:
+        raise ValueError(
+            f"{prompt.source}: the judge failed on answer {answer[:200]!r} ({type(error).__name__}: {error}); fix "
+            "pairs.judge, or catch the error there and return False; the same command continues with this stage"
+        ) from error
 
 
 def _tag_answer_correct(prompt: Prompt, answer: str | None) -> bool:

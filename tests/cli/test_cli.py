@@ -184,6 +184,16 @@ def test_the_traceback_is_shown_when_asked_for(recipe: str, monkeypatch: pytest.
         main(["run", recipe, "zero.stepz=3"])
 
 
+def test_a_gradient_that_is_not_finite_is_one_line(
+    calls: CALLS, recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def diverged(*_: object) -> None:
+        raise FloatingPointError("gradient norm is nan at optimizer step 3")
+
+    monkeypatch.setattr("specs_fast.methods.specs.run", diverged)
+    assert "gradient norm is nan" in fails(capsys, "run", recipe)
+
+
 def test_a_bug_is_not_dressed_up_as_a_mistake(calls: CALLS, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("specs_fast.cli.show", lambda run_dir: {}["nothing"])
     with pytest.raises(KeyError):

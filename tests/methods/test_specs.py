@@ -12,6 +12,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import specs_fast.stages.pairs as pairs_stage
 from specs_fast.config import SpecsConfig, load_config
+from specs_fast.data.encode import Encoder
 from specs_fast.data.processor import ImageTextProcessor, image_processor
 from specs_fast.lab import LabPaths
 from specs_fast.methods import specs
@@ -33,7 +34,9 @@ def on_lab(mini_lab: LabPaths, train: Path, out_dir: Path) -> SpecsConfig:
     ("change", "says"),
     [
         ({"answer": ""}, r"train\.jsonl:3: .*answer"),
+        ({"answer": "gone"}, r"train\.jsonl:3: column 'answer' is missing"),
         ({"answer": None}, r"train\.jsonl:3: column 'answer' is missing"),
+        ({"answer": ["7"]}, r"train\.jsonl:3: the gold answer must be a text or a number, got \['7'\]"),
         ({"images": []}, r"train\.jsonl:3: the prompt has 1 image placeholders but 'images' lists 0"),
         ({"images": ["nowhere.png"]}, r"train\.jsonl:3: image .*nowhere\.png does not exist"),
     ],
@@ -45,7 +48,7 @@ def test_bad_rows_stop_the_run_before_any_training(
     for row in rows:
         row["images"] = [str(Path(mini_lab.train).parent / name) for name in row["images"]]
     rows[2] |= change
-    if rows[2]["answer"] is None:
+    if rows[2]["answer"] == "gone":
         del rows[2]["answer"]
     train = tmp_path / "train.jsonl"
     train.write_text("\n".join(json.dumps(row) for row in rows))
@@ -54,12 +57,52 @@ def test_bad_rows_stop_the_run_before_any_training(
     assert not (tmp_path / "run" / "zero.partial").exists()
 
 
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["eval.splits.id=nowhere.jsonl"], r"nowhere\.jsonl: no such file"),
+        (["eval.splits.id={bad}"], r"bad\.jsonl:2: column 'answer' is missing"),
+        (["eval.splits.id={token}"], r"token\.jsonl:1: the processor refused"),
+        (
+            ["pairs.judge=no_such_module:agrees"],
+            r"judge 'no_such_module:agrees': module 'no_such_module' was not found",
+        ),
+        (["rewards.1.name=json:scores"], r"reward 'json:scores': json has no function 'scores'"),
+        (["model.device=cuda:77"], r"device 'cuda:77' is not here"),
+    ],
+)
+def test_what_only_later_stages_need_is_checked_before_any_training(
+    mini_lab: LabPaths, tmp_path: Path, overrides: list[str], says: str
+) -> None:
+    good, bad, literal = {"prompt": "sum ?", "answer": "7"}, {"prompt": "sum ?"}, "sum <|image_pad|> ?"
+    (tmp_path / "bad.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps(bad)}\n")
+    (tmp_path / "token.jsonl").write_text(json.dumps({"prompt": literal, "answer": "7"}))
+    files = {"bad": tmp_path / "bad.jsonl", "token": tmp_path / "token.jsonl"}
+    given = [override.format(**files) for override in overrides]
+    own = [f"output_dir={tmp_path}", "lab=null", f"model.path={mini_lab.base_dir}", f"data.train={mini_lab.train}"]
+    config = load_config(MINI, [*own, "rewards=[{name: format}, {name: accuracy}]", *given])
+    with pytest.raises(ValueError, match=says):
+        specs.run(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "zero.partial").exists()
+
+
+def test_the_control_of_the_cold_start_refuses_pairs_of_another_model_too(mini_lab: LabPaths, tmp_path: Path) -> None:
+    row = {"prompt": "sum ?", "chosen": "7", "rejected": "so 7", "base_model": "0123456789abcdef"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row))
+    config = on_lab(mini_lab, Path(mini_lab.train), tmp_path)
+    config = replace(config, coldstart=replace(config.coldstart, kind="sft"))
+    with pytest.raises(ValueError, match=r"pairs\.jsonl:1: made by base model 0123456789abcdef"):
+        specs._cold_start(config, Path(mini_lab.base_dir), tmp_path, tmp_path / "out", SILENT)
+
+
 def test_over_long_prompts_are_filtered_only_when_asked(mini_lab: LabPaths, tmp_path: Path) -> None:
     config = on_lab(mini_lab, Path(mini_lab.train), tmp_path)
+    encoder = Encoder(load_processor(mini_lab.base_dir))
     limited = replace(config, data=replace(config.data, max_prompt_tokens=38))
     with pytest.raises(ValueError, match=r"tokens, data\.max_prompt_tokens is 38"):
-        specs.load_training_prompts(limited, SILENT)
-    kept = specs.load_training_prompts(replace(limited, data=replace(limited.data, filter_overlong=True)), SILENT)
+        specs.load_training_prompts(limited, encoder, SILENT)
+    limited = replace(limited, data=replace(limited.data, filter_overlong=True))
+    kept = specs.load_training_prompts(limited, encoder, SILENT)
     assert 0 < len(kept) < 48
 
 

@@ -133,8 +133,10 @@ def test_a_judge_of_ones_own_is_called_and_checked(prompts: list[Prompt], monkey
     module = types.ModuleType("my_judges")
     module.no = lambda reasoning, answer: False  # type: ignore[attr-defined]
     module.odd = lambda reasoning, answer: "yes"  # type: ignore[attr-defined]
+    module.dies = lambda reasoning, answer: 1 / 0  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "my_judges", module)
     kept, counts = filter_chosen(prompts[:1], [done(GOOD)], replace(CONFIG, judge="my_judges:no"))
     assert kept == [[]] and counts["consistent"] == 0
-    with pytest.raises(TypeError, match="my_judges:odd"):
-        filter_chosen(prompts[:1], [done(GOOD)], replace(CONFIG, judge="my_judges:odd"))
+    for name, says in (("odd", "TypeError: judge 'my_judges:odd' returned 'yes'"), ("dies", "ZeroDivisionError")):
+        with pytest.raises(ValueError, match=rf"d\.jsonl:1: the judge failed on answer '7' \({says}"):
+            filter_chosen(prompts[:1], [done(GOOD)], replace(CONFIG, judge=f"my_judges:{name}"))
