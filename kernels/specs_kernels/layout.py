@@ -129,6 +129,7 @@ class PackedLayout:
         """Where the index tensors live."""
         return self.segment_ids.device
 
+    @torch.inference_mode(False)
     def to(self, device: torch.device | str) -> PackedLayout:
         """This layout with its tensors on ``device`` (itself when they are there already)."""
         target = torch.device(device)
@@ -219,7 +220,8 @@ def _check_spans(
     if bidirectional is None:
         return []
     if isinstance(bidirectional, Tensor):
-        if bidirectional.is_floating_point() or bidirectional.dim() != 2 or bidirectional.shape[1] != 2:
+        whole = not (bidirectional.is_floating_point() or bidirectional.dtype == torch.bool)
+        if not whole or bidirectional.dim() != 2 or bidirectional.shape[1] != 2:
             raise ValueError(
                 "bidirectional must be int64 [n, 2] or a list of (start, end); "
                 f"got {bidirectional.dtype} {list(bidirectional.shape)}"
@@ -231,7 +233,7 @@ def _check_spans(
     for n, pair in enumerate(pairs):
         if len(pair) != 2:
             raise ValueError(f"bidirectional[{n}] is {pair!r}; pass (start, end)")
-        start, end = int(pair[0]), int(pair[1])
+        start, end = _int_list(f"bidirectional[{n}]", pair)
         if not 0 <= start <= end <= num_tokens:
             raise ValueError(f"bidirectional[{n}] is ({start}, {end}); need 0 <= start <= end <= {num_tokens}")
         if start < end:

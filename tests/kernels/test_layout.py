@@ -100,6 +100,8 @@ def test_layout_made_in_inference_mode_serves_a_training_step() -> None:
         layout = PackedLayout.from_segments([2, 1], [-1, 0], bidirectional=[(0, 2)])
     assert not layout.predictor_index.is_inference()
     assert not layout.visible_from.is_inference()
+    with torch.inference_mode():
+        assert not layout.to("meta").predictor_index.is_inference()
 
 
 @pytest.mark.parametrize(
@@ -136,6 +138,8 @@ def test_lengths_must_be_integers() -> None:
         ([(0, 2), (1, 3)], r"\(0, 2\) and \(1, 3\) overlap"),
         ([(2, 5)], r"\(2, 5\) crosses the end of segment 0 \(tokens 0 to 4\)"),
         ([(0, 1, 2)], r"pass \(start, end\)"),
+        ([(0, 1), (1.5, 3)], r"bidirectional\[1\]\[0\] must be an int; got 1.5"),
+        (torch.tensor([[False, True]]), r"must be int64 \[n, 2\]"),
         (torch.zeros(2), r"must be int64 \[n, 2\]"),
     ],
 )
