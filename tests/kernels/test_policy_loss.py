@@ -106,6 +106,17 @@ def test_asymmetric_clip_case_by_case(ratio: float, advantage: float, objective:
     assert float(metrics["ratio/mean"]) == pytest.approx(ratio)
 
 
+@pytest.mark.parametrize("advantage", [1.0, 0.0, -1.0])
+@pytest.mark.parametrize("old", [-200.0, -math.inf])
+def test_a_ratio_beyond_fp32_gives_no_nan(old: float, advantage: float) -> None:
+    logp = torch.tensor([-0.5, -0.5], requires_grad=True)
+    loss, metrics = policy_loss(logp, torch.tensor([old, -0.5]), torch.tensor([advantage, 1.0]), torch.tensor([0, 1]))
+    loss.backward()
+    assert math.isfinite(loss.item()) and math.isfinite(metrics["ratio/mean"].item())
+    assert logp.grad is not None and logp.grad.tolist() == [0.0, -0.5]
+    assert metrics["clip_ratio/high_mean"].item() == (0.5 if advantage > 0 else 0.0)
+
+
 def test_epsilon_high_defaults_to_epsilon() -> None:
     x = batch()
     loss, _ = policy_loss(**x, epsilon=0.1)

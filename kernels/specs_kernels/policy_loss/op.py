@@ -35,6 +35,7 @@ def policy_loss(
         loss = -min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon_high) * A) + beta * (exp(d) - d - 1)
 
     (arXiv 2402.03300; asymmetric clip: DAPO, arXiv 2503.14476; the KL term is the k3 estimator, added after clipping.)
+    A log-ratio counts as at most 80, where exp still is finite: one token far off-policy cannot turn a gradient into NaN.
     ``kind`` names ratio and trust region only; how tokens become one number is ``aggregation``:
 
     - "dapo": token sum / denominator; pass the token count over all micro-batches and ranks (arXiv 2503.14476).

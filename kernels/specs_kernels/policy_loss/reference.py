@@ -12,6 +12,8 @@ from specs_kernels.segments import TokenRuns
 
 KINDS = ("grpo",)
 AGGREGATIONS = ("dapo", "bnpo", "grpo", "dr_grpo")
+MAX_LOG_RATIO = 80.0
+"""exp of more than 88 is inf in fp32, and a token whose inf is clipped away would still pass 0 * inf = NaN backward."""
 
 
 def aggregate(values_N: Tensor, runs: TokenRuns, aggregation: str, denominator: float | None) -> Tensor:
@@ -40,7 +42,7 @@ def policy_loss_reference(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """See :func:`specs_kernels.policy_loss`. The vectors hold the tokens that count, in the accumulation dtype."""
     runs = TokenRuns.of(segment_ids_N)
-    ratio = torch.exp(logp_N - old_logp_N)
+    ratio = torch.exp((logp_N - old_logp_N).clamp(max=MAX_LOG_RATIO))
     if kind == "grpo":
         clipped = ratio.clamp(1 - epsilon, 1 + epsilon_high)
         loss_N = -torch.minimum(ratio * advantage_N, clipped * advantage_N)
