@@ -43,14 +43,15 @@ def row_uniforms(seed: int, rows: list[tuple[int, int]], steps: int) -> Tensor:
 
 
 def draw(logp_RV: Tensor, uniform_R: Tensor, truncation: Truncation) -> Tensor:
-    """Inverse-CDF draw: int64 ``[R]``. logp may hold -inf (never drawn) and need not be normalised."""
+    """Inverse-CDF draw: int64 ``[R]``. logp may hold -inf (never drawn) and need not be normalised; a row with NaN gives some
+    valid index."""
     probability_RV = _truncated(logp_RV, truncation).double().softmax(-1)
     cdf_RV = probability_RV.cumsum(-1)
     # A token is the first whose CDF exceeds u * total: one of probability 0 does not move the CDF, so it is never first. The
     # product can round up to the total itself, hence the step below it.
     total_R = cdf_RV[:, -1]
     point_R = torch.minimum(uniform_R * total_R, torch.nextafter(total_R, torch.zeros_like(total_R)))
-    return torch.searchsorted(cdf_RV, point_R.unsqueeze(1), right=True).squeeze(1)
+    return torch.searchsorted(cdf_RV, point_R.unsqueeze(1), right=True).squeeze(1).clamp_(max=logp_RV.shape[1] - 1)
 
 
 def _truncated(logp_RV: Tensor, truncation: Truncation) -> Tensor:

@@ -96,7 +96,7 @@ class Sampler:
         are excluded and before top_k and top_p: what `models.score` computes. With greedy=True every sample of a prompt is
         the same most likely completion, and logp is taken at `temperature`.
 
-        Raises ValueError for an empty prompt, a model in training mode and settings outside their range.
+        Raises ValueError for an empty prompt, a model in training mode, settings outside their range, and NaN log-probs.
         """
         if num_samples < 1 or max_new_tokens < 1:
             raise ValueError(f"num_samples ({num_samples}) and max_new_tokens ({max_new_tokens}) must be at least 1")
@@ -175,6 +175,13 @@ class Sampler:
             logits_RV, mask_RL = self._decode(token_R, next_R + step, mask_RL, cache)
         lengths_list: list[int] = lengths.tolist()
         tokens, logps, ends = tokens.cpu(), logps.cpu(), finished.tolist()
+        nan_R = logps.isnan().any(1)
+        if bool(nan_R.any()):
+            prompt = prompts[rows[int(nan_R.nonzero()[0])][0]]
+            raise ValueError(
+                f"log-probs of a completion of prompt {prompt.id!r} are NaN: weights that are not finite (training diverged), "
+                f"logits beyond the range of {self._model.dtype}, or too small a temperature ({settings.temperature})"
+            )
         return [
             Completion(tokens[row, :length].clone(), logps[row, :length].clone(), ends[row])
             for row, length in enumerate(lengths_list)

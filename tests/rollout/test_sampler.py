@@ -184,3 +184,12 @@ def test_models_and_tokens_that_cannot_be_sampled_from_are_refused() -> None:
     model.train()
     with pytest.raises(ValueError, match="training mode"):
         make_sampler(model).generate(prompts_of("qwen3_vl"), **SETTINGS)
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_a_model_that_has_diverged_is_named_instead_of_sampled(greedy: bool) -> None:
+    model, prompts = make_model("qwen3"), prompts_of("qwen3")
+    with torch.no_grad():
+        model.base_model.norm.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="prompt 'one' are NaN: weights that are not finite"):
+        make_sampler(model).generate(prompts[:1], greedy=greedy, top_p=0.9, **SETTINGS)
