@@ -42,11 +42,7 @@ def run(config: SpecsConfig, run_dir: Path, progress: Progress = SILENT) -> dict
     base_dir = local_folder(config.model.path)
     folders = {name: run_dir / name for name in (*CHECKPOINTS, "pairs")}
     if not all([is_done(folder) for folder in folders.values()]):
-        resolve_device(config.model.device)
-        load_judge(config.pairs.judge)
-        encoder = Encoder(load_processor(base_dir))
-        prompts = load_training_prompts(config, encoder, progress)
-        check_questions(config, encoder, progress)
+        prompts = check_inputs(config, base_dir, progress)
         with RewardSet.from_config(config.rewards) as rewards:
             _run_stages(config, base_dir, folders, prompts, rewards, progress)
     return {"base": base_dir, **{name: folders[name] for name in CHECKPOINTS}}
@@ -132,6 +128,16 @@ def _cold_start(
         seed=config.seed,
         progress=progress,
     )
+
+
+def check_inputs(config: SpecsConfig, base_dir: Path, progress: Progress) -> list[Prompt]:
+    """The training prompts, after everything that a stage or the evaluation reads later was looked at."""
+    resolve_device(config.model.device)
+    load_judge(config.pairs.judge)
+    encoder = Encoder(load_processor(base_dir))
+    prompts = load_training_prompts(config, encoder, progress)
+    check_questions(config, encoder, progress)
+    return prompts
 
 
 def load_training_prompts(config: SpecsConfig, encoder: Encoder, progress: Progress) -> list[Prompt]:

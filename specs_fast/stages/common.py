@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -80,6 +80,34 @@ class Policy:
         """Weights (safetensors), config, generation config and processor: a folder that ``from_pretrained`` loads."""
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
+
+
+class LazyTrees(Sequence[Tree]):
+    """Trees that are encoded when read: pixels of a large data set never lie in memory together.
+
+    outlines: the same trees without their pixels, for everything that only counts or names.
+    """
+
+    def __init__(self, make: Callable[[int], Tree], count: int) -> None:
+        self._make = make
+        self.outlines = [_outline(make(index)) for index in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.outlines)
+
+    @overload
+    def __getitem__(self, index: int) -> Tree: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Tree]: ...
+    def __getitem__(self, index: int | slice) -> Tree | list[Tree]:
+        if isinstance(index, slice):
+            return [self._make(i) for i in range(*index.indices(len(self)))]
+        return self._make(index)
+
+
+def _outline(tree: Tree) -> Tree:
+    images = tuple(replace(image, pixel_values=torch.empty(0)) for image in tree.prompt.images)
+    return replace(tree, prompt=replace(tree.prompt, images=images))
 
 
 def configured_eos(model: PreTrainedModel) -> list[int]:

@@ -21,7 +21,7 @@ from specs_fast.config import DPOConfig, ModelConfig
 from specs_fast.data.batching import epochs, micro_batches
 from specs_fast.data.types import Pair, Tree
 from specs_fast.progress import SILENT, Progress
-from specs_fast.stages.common import Policy, stage_seed
+from specs_fast.stages.common import LazyTrees, Policy, stage_seed
 from specs_fast.train.metrics import JsonlWriter, MetricSum
 from specs_fast.train.optim import Optimizer
 from specs_fast.train.stage_dir import fingerprint
@@ -48,7 +48,7 @@ def run_dpo(
     base = fingerprint(model_dir)
     check_origin(pairs, base)
     policy = Policy.load(model_dir, model_config, trainable=True)
-    trees = [pair_tree(policy, pair) for pair in pairs]
+    trees = LazyTrees(lambda index: pair_tree(policy, pairs[index]), len(pairs))
     started = time.perf_counter()
     reference, cached = reference_logps(policy, trees, base, config, cache_dir, progress, stage)
     per_step = min(config.batch_size, len(pairs))
@@ -64,7 +64,7 @@ def run_dpo(
             indices = next(order)
             metrics = batch_gradient(policy, [trees[i] for i in indices], [reference[i] for i in indices], config)
             norm, rate = optimizer.step()
-            num_tokens += sum(trees[index].num_tokens for index in indices)
+            num_tokens += sum(trees.outlines[index].num_tokens for index in indices)
             last = {"step": step, "stage": stage, "epoch": step * per_step / len(pairs), **metrics}
             last |= {"grad_norm": norm, "learning_rate": rate, "num_tokens": num_tokens}
             last["step_time"] = time.perf_counter() - step_started
@@ -129,18 +129,18 @@ def batch_gradient(policy: Policy, trees: list[Tree], reference: list[Tensor], c
 
 
 def reference_logps(
-    policy: Policy, trees: list[Tree], base: str, config: DPOConfig, cache_dir: Path, progress: Progress, stage: str
+    policy: Policy, trees: LazyTrees, base: str, config: DPOConfig, cache_dir: Path, progress: Progress, stage: str
 ) -> tuple[list[Tensor], bool]:
     """Log-probs of every pair under the starting model, float32 ``[N_i]`` each, and whether they came from the cache.
 
     The cache's name is a hash of the model's weights, every token and pixel key of the data, and how they are computed.
     """
-    path = cache_dir / f"reference-{cache_key(trees, base, policy, config)}.safetensors"
-    lengths = [tree.num_response_tokens for tree in trees]
+    path = cache_dir / f"reference-{cache_key(trees.outlines, base, policy, config)}.safetensors"
+    lengths = [tree.num_response_tokens for tree in trees.outlines]
     if path.is_file():
         return list(load_file(path)["logp"].split(lengths)), True
     logps: list[Tensor] = []
-    groups = micro_batches(trees, config.micro_batch_tokens, packing=policy.packing)
+    groups = micro_batches(trees.outlines, config.micro_batch_tokens, packing=policy.packing)
     with progress.track(f"{stage}: reference log-probs", len(groups)) as bar:
         for group in groups:
             logps += policy.score_in_batches([trees[index] for index in group], config.micro_batch_tokens)

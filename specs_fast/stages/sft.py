@@ -17,7 +17,7 @@ from specs_fast.config import DPOConfig, ModelConfig
 from specs_fast.data.batching import epochs, micro_batches
 from specs_fast.data.types import Prompt, Scores, Tree
 from specs_fast.progress import SILENT, Progress
-from specs_fast.stages.common import Policy, stage_seed
+from specs_fast.stages.common import LazyTrees, Policy, stage_seed
 from specs_fast.train.metrics import JsonlWriter, MetricSum
 from specs_fast.train.optim import Optimizer
 
@@ -38,11 +38,10 @@ def run_sft(
     ValueError naming the row for an empty response. Returns a summary of rows, optimizer steps and seconds.
     """
     policy = Policy.load(model_dir, model_config, trainable=True)
-    trees = []
     for prompt, response in rows:
         if not response.strip():
             raise ValueError(f"{prompt.source}: the response is empty; drop the row")
-        trees.append(Tree(policy.encoder.prompt(prompt), (policy.encoder.completion(response),)))
+    trees = LazyTrees(lambda index: row_tree(policy, *rows[index]), len(rows))
     per_step = min(config.batch_size, len(trees))
     steps = -(-config.epochs * len(trees) // per_step)
     steps = steps if config.max_steps is None else min(steps, config.max_steps)
@@ -57,6 +56,11 @@ def run_sft(
             bar.advance(1, loss=metrics["loss"])
     policy.save(out_dir)
     return {"stage": stage, "rows": len(trees), "steps": steps, "seconds": time.perf_counter() - started}
+
+
+def row_tree(policy: Policy, prompt: Prompt, response: str) -> Tree:
+    """The prompt with its one response."""
+    return Tree(policy.encoder.prompt(prompt), (policy.encoder.completion(response),))
 
 
 def batch_gradient(policy: Policy, trees: list[Tree], config: DPOConfig) -> dict[str, float]:

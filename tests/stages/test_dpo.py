@@ -15,7 +15,7 @@ from specs_fast.data.rows import load_prompts
 from specs_fast.data.types import Pair
 from specs_fast.lab import LabPaths
 from specs_fast.progress import SILENT
-from specs_fast.stages.common import Policy
+from specs_fast.stages.common import LazyTrees, Policy
 from specs_fast.stages.dpo import batch_gradient, cache_key, pair_tree, reference_logps, run_dpo
 from specs_fast.stages.sft import batch_gradient as sft_gradient
 from specs_fast.stages.sft import run_sft
@@ -69,14 +69,26 @@ def test_micro_batches_and_packing_never_change_the_gradient(
 
 def test_reference_log_probs_are_cached_by_content(mini_lab: LabPaths, pairs: list[Pair], tmp_path: Path) -> None:
     policy = Policy.load(mini_lab.base_dir, MODEL, trainable=False)
-    trees = [pair_tree(policy, pair) for pair in pairs]
+    trees = LazyTrees(lambda index: pair_tree(policy, pairs[index]), len(pairs))
     first, cached = reference_logps(policy, trees, "base", CONFIG, tmp_path, SILENT, "coldstart")
     again, hit = reference_logps(policy, trees, "base", CONFIG, tmp_path, SILENT, "coldstart")
     assert not cached and hit and all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     other = [pair_tree(policy, replace(pairs[0], rejected="the answer is 11")), *trees[1:]]
+    assert cache_key(list(trees), "base", policy, CONFIG) == cache_key(trees.outlines, "base", policy, CONFIG)
     keys = {cache_key(of, base, policy, CONFIG) for of, base in ((trees, "base"), (trees, "other"), (other, "base"))}
     keys.add(cache_key(trees, "base", policy, replace(CONFIG, micro_batch_tokens=64)))
     assert len(keys) == 4
+
+
+def test_pixels_of_the_pairs_never_lie_in_memory_together(
+    mini_lab: LabPaths, pairs: list[Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("specs_fast.data.encode.CACHE_BYTES", 1)
+    policy = Policy.load(mini_lab.base_dir, MODEL, trainable=False)
+    trees = LazyTrees(lambda index: pair_tree(policy, pairs[index]), len(pairs))
+    assert [image.pixel_values.numel() for tree in trees.outlines for image in tree.prompt.images] == [0] * len(pairs)
+    for tree, outline in zip(trees, trees.outlines, strict=True):
+        assert tree.prompt.images[0].pixel_values.numel() > 0 and tree.num_tokens == outline.num_tokens
 
 
 def test_a_run_raises_the_margin_and_keeps_the_chosen_likely(
