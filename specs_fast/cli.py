@@ -106,6 +106,7 @@ def run_command(options: argparse.Namespace) -> None:
     if options.print_config:
         print(to_yaml(config), end="")
         return
+    importable_from_here(config)
     progress = console_progress()
     run_dir = Path(config.output_dir)
     with locked(run_dir):
@@ -208,6 +209,16 @@ def locked(run_dir: Path) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+def importable_from_here(config: SpecsConfig) -> None:
+    """Let functions that the configuration names by import path lie in the current directory, as ``python -m`` does.
+
+    It comes last, so that no file there hides an installed package.
+    """
+    names = [*(reward.name for reward in config.rewards), config.pairs.judge]
+    if any(":" in name for name in names) and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
 
 
 def claim(run_dir: Path, config: SpecsConfig) -> None:

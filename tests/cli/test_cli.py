@@ -184,6 +184,16 @@ def test_the_traceback_is_shown_when_asked_for(recipe: str, monkeypatch: pytest.
         main(["run", recipe, "zero.stepz=3"])
 
 
+def test_functions_named_by_import_path_may_lie_in_the_current_directory(
+    calls: CALLS, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert main(["run", recipe]) == 0 and str(tmp_path) not in sys.path
+    own = ["output_dir=own", "rewards=[{name: accuracy}, {name: 'my_rewards:short'}]"]
+    assert main(["run", recipe, *own]) == 0 and sys.path[-1] == str(tmp_path)
+
+
 def test_a_gradient_that_is_not_finite_is_one_line(
     calls: CALLS, recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

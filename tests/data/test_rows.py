@@ -76,6 +76,7 @@ def test_string_prompts_put_images_where_the_text_says_or_first(folder: Path) ->
         (row(id="x", images=["images/none.png"]), r":2: image .*none\.png does not exist"),
         (row(id="x", images=["images/cut.png"]), r":2: image .*cut\.png cannot be decoded"),
         (row(id="x", images=["images/text.png"]), r":2: image .*text\.png cannot be decoded"),
+        (row(id="x", images=["images/header.ppm"]), r":2: image .*header\.ppm cannot be decoded"),
         ({"prompt": ""}, r":2: the prompt is empty"),
         (
             {"prompt": [{"role": "user", "content": [{"type": "image"}]}], "images": ["images/a.png"]},
@@ -94,6 +95,7 @@ def test_a_bad_row_is_named_with_file_row_and_fault(folder: Path, bad: Any, says
     whole = (folder / "images" / "a.png").read_bytes()
     (folder / "images" / "cut.png").write_bytes(whole[: len(whole) // 2])
     (folder / "images" / "text.png").write_text("not an image")
+    (folder / "images" / "header.ppm").write_bytes(b"P6\n4x 4\n255\n")
     with pytest.raises(ValueError, match=says):
         load_prompts(write(folder / "d.jsonl", row(), bad))
 
