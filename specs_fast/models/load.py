@@ -43,7 +43,8 @@ def load_model(
     model stays in eval mode (dropout is never on).
 
     Raises ValueError for: a folder or file that is not there (named), a shard or safetensors file that is cut short, weights
-    that the architecture has and the files have not, an unknown dtype, `freeze_vision` on a model without a vision tower.
+    that the architecture has and the files have not or in another shape, a torn or unknown configuration, an unknown dtype,
+    `freeze_vision` on a model without a vision tower.
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype is {dtype!r}; allowed: {', '.join(_DTYPES)}")
@@ -52,14 +53,30 @@ def load_model(
         check_model_folder(Path(path))
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except OSError as error:
-        raise ValueError(f"{path}: no such model folder, and no such model on the hub ({error})") from error
+    except (OSError, ValueError) as error:
+        if is_hub_name(path):
+            raise ValueError(f"{path}: no such model folder, and no such model on the hub ({error})") from error
+        raise ValueError(
+            f"{Path(path) / 'config.json'}: not the configuration of a model that transformers knows "
+            f"({str(error).splitlines()[0]}); copy it again or save the model again"
+        ) from error
     multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     auto_class = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
     loaded: tuple[PreTrainedModel, dict[str, Any]] = auto_class.from_pretrained(
-        path, dtype=_DTYPES[dtype], trust_remote_code=False, use_safetensors=True, output_loading_info=True
+        path,
+        dtype=_DTYPES[dtype],
+        trust_remote_code=False,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # reported in `info` and refused below
     )
     model, info = loaded
+    if info["mismatched_keys"]:
+        name, found, expected = sorted(info["mismatched_keys"])[0]
+        raise ValueError(
+            f"{path}: {name!r} is {list(found)} in the weights and {list(expected)} in config.json "
+            f"({len(info['mismatched_keys'])} such parameters); the two belong to different models"
+        )
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ValueError(

@@ -107,6 +107,21 @@ def test_weights_that_lack_a_parameter_are_refused(folder: Path) -> None:
         load_model(folder)
 
 
+@pytest.mark.parametrize("text", ['{"model_type": "qwen3_', "{}", '{"model_type": "unheard_of"}'])
+def test_a_torn_or_unknown_configuration_is_named(folder: Path, text: str) -> None:
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"config\.json: not the configuration of a model .* save the model again"):
+        load_model(folder)
+
+
+def test_weights_of_another_shape_are_refused(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["text_config"]["intermediate_size"] = 40
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"mlp\.\w+\.weight' is \[\d+, \d+\] in the weights .*\(9 such parameters\)"):
+        load_model(folder)
+
+
 def test_unknown_dtype_is_refused(saved: Path) -> None:
     with pytest.raises(ValueError, match="'float8'; allowed: float32"):
         load_model(saved, dtype="float8")
