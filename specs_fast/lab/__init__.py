@@ -12,6 +12,7 @@ from typing import Protocol
 
 from specs_fast.lab.dataset import EVAL_SPLITS, OUT_OF_DISTRIBUTION, TRAIN, split_size, write_split
 from specs_fast.lab.packed import BASE_MODEL, unpack_base
+from specs_fast.train.stage_dir import write_json
 
 __all__ = ["BASE_MODEL", "EVAL_SPLITS", "OUT_OF_DISTRIBUTION", "LabPaths", "build"]
 
@@ -63,5 +64,5 @@ def build(config: LabSettings, out_dir: str | Path) -> LabPaths:
     write_split(folder, "train", TRAIN, settings["questions_train"], settings["seed"])
     for name, variety in EVAL_SPLITS.items():
         write_split(folder, f"eval_{name}", variety, split_size(name, settings["questions_eval"]), settings["seed"])
-    done.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    write_json(done, settings)
     return paths

@@ -123,6 +123,18 @@ def test_a_finished_lab_is_kept_and_an_unfinished_one_is_written_again(tmp_path:
     assert files_below(tmp_path) == first
 
 
+def test_a_lab_interrupted_at_its_last_write_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*paths: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            lab.build(SETTINGS, tmp_path)
+    assert not (tmp_path / "lab" / lab.DONE).exists()
+    assert lab.build(SETTINGS, tmp_path).train.is_file()
+
+
 def test_a_lab_with_other_settings_is_refused(tmp_path: Path) -> None:
     lab.build(SETTINGS, tmp_path)
     with pytest.raises(ValueError, match="'seed': 3.*'seed': 4"):
