@@ -168,8 +168,9 @@ def prompt_means(rows: Sequence[Mapping[str, Any]], split: str, mode: str, metri
         if row.get("split") != split:
             continue
         if metric.startswith("pass@"):
-            marks = row.get("correct_any") if mode == "sampled" else None
-            value = None if not marks else pass_at_k(len(marks), sum(map(bool, marks)), _k_of(metric))
+            marks = (row.get("correct_any") if mode == "sampled" else None) or []
+            k = _k_of(metric)
+            value = pass_at_k(len(marks), sum(map(bool, marks)), k) if len(marks) >= k else None
         else:
             sampled, greedy = _MARKS[metric]
             marks = row.get(sampled) if mode == "sampled" else [row[greedy]] if greedy in row else None

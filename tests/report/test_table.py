@@ -34,6 +34,17 @@ def test_the_error_of_a_difference_is_paired() -> None:
     assert cell.delta == pytest.approx(0.5) and cell.delta_error == pytest.approx(0.0)
 
 
+def test_prompts_with_fewer_logged_samples_than_k_do_not_enter_the_error_of_pass_at_k() -> None:
+    def of(marks: list[list[bool]]) -> Evaluation:
+        rows = [{"split": "id", "prompt_id": str(i), "correct_any": row} for i, row in enumerate(marks)]
+        return Evaluation({"splits": {"id": {"n": 3, "sampled": {"pass@2": 0.5}}}}, rows)
+
+    base, final = of([[True, False], [False, False], [True]]), of([[True, True], [True, True], [False]])
+    row = find(before_after({"base": base, "final": final}), "id", "sampled", "pass@2")
+    assert row is not None and row.cells["final"] is not None
+    assert row.cells["final"].delta_error == pytest.approx(0.5)  # of the differences 0 and 1
+
+
 def test_without_errors_and_responses_the_error_is_the_binomial_bound() -> None:
     rows = before_after({"base": evaluation(None, 0.2, n=100), "zero": evaluation(None, 0.5, n=100)})
     base, zero = rows[0].cells["base"], rows[0].cells["zero"]
