@@ -1,4 +1,7 @@
-"""Shared by all tests: one CPU thread (several waiting for each other crawl where the cores are shared), and a small lab, built once."""
+"""Shared by all tests: one CPU thread, and a small lab, built once.
+
+Several threads that wait for each other crawl where the cores are shared.
+"""
 
 from __future__ import annotations
 

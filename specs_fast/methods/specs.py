@@ -22,7 +22,7 @@ from specs_fast.models.hub import local_folder
 from specs_fast.models.load import load_processor, resolve_device
 from specs_fast.progress import SILENT, Progress
 from specs_fast.rewards.accuracy import check_answer
-from specs_fast.rewards.compose import RewardSet
+from specs_fast.rewards.compose import RESERVED, RewardSet
 from specs_fast.rewards.consistency import load_judge
 from specs_fast.stages.dpo import check_origin, run_dpo
 from specs_fast.stages.grpo import run_grpo
@@ -144,6 +144,10 @@ def load_training_prompts(config: SpecsConfig, encoder: Encoder, progress: Progr
     """The training prompts, every row checked: gold answers scorable, lengths within the limit."""
     prompts = load_prompts(config.data.train)
     for prompt in prompts:
+        for name in sorted(RESERVED.intersection(prompt.columns)):
+            raise ValueError(
+                f"{prompt.source}: column {name!r} has a name that reward functions receive anyway; rename it"
+            )
         check_answer(prompt)
     with progress.track("checking prompts", len(prompts)) as bar:
         kept, filtered = check_lengths(

@@ -28,7 +28,7 @@ RewardFunction = Callable[..., Any]
 """TRL's: ``reward(prompts, completions, **columns) -> list[float | None]``, sync or async."""
 
 BUILTIN: dict[str, RewardFunction] = {"format": format_reward, "accuracy": accuracy_reward}
-RESERVED = ("prompts", "completions", "log_metric")
+RESERVED = frozenset({"prompts", "completions", "log_metric"})
 
 
 class RewardError(ValueError):
@@ -138,7 +138,7 @@ class RewardSet:
         for name, length in lengths.items():
             if length != len(completions):
                 raise ValueError(f"{name} has {length} entries for {len(completions)} completions")
-        for name in RESERVED:
+        for name in sorted(RESERVED):
             if name in columns:
                 raise ValueError(f"a data column is called {name!r}, which reward functions receive anyway; rename it")
 

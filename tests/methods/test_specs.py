@@ -37,6 +37,7 @@ def on_lab(mini_lab: LabPaths, train: Path, out_dir: Path) -> SpecsConfig:
         ({"answer": "gone"}, r"train\.jsonl:3: column 'answer' is missing"),
         ({"answer": None}, r"train\.jsonl:3: column 'answer' is missing"),
         ({"answer": ["7"]}, r"train\.jsonl:3: the gold answer must be a text or a number, got \['7'\]"),
+        ({"completions": 3}, r"train\.jsonl:3: column 'completions' has a name that reward functions receive"),
         ({"images": []}, r"train\.jsonl:3: the prompt has 1 image placeholders but 'images' lists 0"),
         ({"images": ["nowhere.png"]}, r"train\.jsonl:3: image .*nowhere\.png does not exist"),
     ],

@@ -12,12 +12,12 @@ import torch
 
 from specs_fast.config import GRPOConfig, ModelConfig, OptimConfig, RewardConfig, SamplingConfig
 from specs_fast.data.rows import load_prompts
-from specs_fast.data.types import Prompt
+from specs_fast.data.types import Completion, Prompt, Tree
 from specs_fast.lab import LabPaths
 from specs_fast.rewards.compose import RewardSet
 from specs_fast.rewards.format import format_reward
 from specs_fast.stages.common import Policy
-from specs_fast.stages.grpo import Rollouts, collect, minibatch_gradient, run_grpo
+from specs_fast.stages.grpo import Rollouts, collect, minibatch_gradient, rollout_metrics, run_grpo
 
 CONFIG = GRPOConfig(
     steps=2,
@@ -107,6 +107,21 @@ def test_rewards_get_every_column_of_the_data_and_what_they_log_is_a_metric(
     assert [json.loads(line)["hints"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [8.0, 8.0]
     first = json.loads((tmp_path / "completions.jsonl").read_text().splitlines()[0])
     assert first["rewards"]["hinted"] is None
+
+
+def test_an_empty_completion_is_counted_and_stays_in_its_group(
+    mini_lab: LabPaths, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = Policy.load(mini_lab.base_dir, MODEL, trainable=True)
+    groups = policy.sample(prompts[:4], CONFIG.sampling, CONFIG.group_size, 3)
+    end = torch.tensor([policy.encoder.eos_token_id])
+    groups[1][2] = Completion(end, policy.score([Tree(policy.encoder.prompt(prompts[1]), (end,))]).logp.detach(), True)
+    monkeypatch.setattr(Policy, "sample", lambda *_: groups)
+    rollouts = rollouts_of(policy, prompts)
+    assert rollout_metrics(rollouts)["completions/empty"] >= 1 and rollouts.texts[6] == ""
+    assert rollouts.advantages.shape == (16,) and rollouts.rewards.total[6] == 0
+    grads, metrics = gradient(policy, rollouts, CONFIG)
+    assert torch.isfinite(grads).all() and metrics["ratio/mean"] == pytest.approx(1.0, abs=1e-4)
 
 
 def test_groups_without_variance_give_exactly_zero_gradient(mini_lab: LabPaths, prompts: list[Prompt]) -> None:
