@@ -60,10 +60,13 @@ def packed_text_attention(
     for extra in ("s_aux", "sinks", "position_bias"):
         if kwargs.get(extra) is not None:
             raise ValueError(f"{name}: packed attention does not support {extra}; set packing: none")
+    # Under autocast the rotary embedding leaves query and key in fp32; like PyTorch's own attention, all three are cast.
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
     out_THD = packed_attention(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
+        query[0].transpose(0, 1).to(dtype),
+        key[0].transpose(0, 1).to(dtype),
+        value[0].transpose(0, 1).to(dtype),
         layout,
         scale=scaling,
         softcap=softcap,

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specs_fast.data.types import EncodedImage
+from specs_fast.data.types import EncodedImage, EncodedPrompt
+from specs_fast.models.load import image_token_id
 from specs_kernels import PackedLayout
 
 _CACHE_ENTRIES = 4096
@@ -68,6 +69,27 @@ def image_tokens(model: PreTrainedModel, image: EncodedImage) -> int:
     time, height, width = image.grid_thw
     merge: int = model.config.vision_config.spatial_merge_size
     return time * (height // merge) * (width // merge)
+
+
+def check_prompt_images(model: PreTrainedModel, prompt: EncodedPrompt) -> None:
+    """Raise ValueError, naming the prompt, unless its image tokens are marked as such and belong to its own images.
+
+    Without this a prompt that lost its images would be read as text, or take those of the next prompt in a packed row.
+    """
+    image_id = image_token_id(model)
+    if image_id is None:
+        return
+    is_image = prompt.input_ids == image_id
+    if not torch.equal(is_image, prompt.token_types == 1):
+        raise ValueError(
+            f"prompt {prompt.id!r}: input_ids hold {int(is_image.sum())} image tokens, token_types mark "
+            f"{int((prompt.token_types == 1).sum())} places; they must be the same places"
+        )
+    expected = sum(image_tokens(model, image) for image in prompt.images)
+    if int(is_image.sum()) != expected:
+        raise ValueError(
+            f"prompt {prompt.id!r} holds {int(is_image.sum())} image tokens, but its {len(prompt.images)} images take {expected}"
+        )
 
 
 def forest_positions(

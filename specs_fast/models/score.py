@@ -22,7 +22,7 @@ from specs_fast.models.head import head_of
 from specs_fast.models.images import encode_images
 from specs_fast.models.load import image_token_id
 from specs_fast.models.modes import scoring_mode
-from specs_fast.models.positions import segment_positions, uses_mrope
+from specs_fast.models.positions import check_prompt_images, segment_positions, uses_mrope
 from specs_kernels import PackedLayout, linear_logprob
 
 Packing = Literal["shared", "none"]
@@ -186,6 +186,7 @@ def _check_trees(model: PreTrainedModel, trees: Sequence[Tree]) -> None:
             raise ValueError(
                 f"prompt {tree.prompt.id!r} is empty; the first response token has nothing to be predicted from"
             )
+        check_prompt_images(model, tree.prompt)
         for index, response in enumerate(tree.responses):
             if image_id is not None and bool((response == image_id).any()):
                 raise ValueError(

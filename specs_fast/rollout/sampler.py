@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from specs_fast.data.types import Completion, EncodedPrompt
 from specs_fast.models.images import ImageFeatures, encode_images
-from specs_fast.models.positions import segment_positions, uses_mrope
+from specs_fast.models.positions import check_prompt_images, segment_positions, uses_mrope
 from specs_fast.rollout.draw import Truncation, draw, row_uniforms
 
 # Ended rows are dropped from the cache once they are this share of it: dropping copies the rows that stay.
@@ -96,7 +96,8 @@ class Sampler:
         are excluded and before top_k and top_p: what `models.score` computes. With greedy=True every sample of a prompt is
         the same most likely completion, and logp is taken at `temperature`.
 
-        Raises ValueError for an empty prompt, a model in training mode, settings outside their range, and NaN log-probs.
+        Raises ValueError for an empty prompt, a model in training mode, image tokens that are not those of the
+        prompt's images, settings outside their range, and NaN log-probs.
         """
         if num_samples < 1 or max_new_tokens < 1:
             raise ValueError(f"num_samples ({num_samples}) and max_new_tokens ({max_new_tokens}) must be at least 1")
@@ -109,6 +110,7 @@ class Sampler:
         for index, prompt in enumerate(prompts):
             if len(prompt) == 0:
                 raise ValueError(f"prompt {index} ({prompt.id!r}) is empty")
+            check_prompt_images(self._model, prompt)
         settings = _Settings(max_new_tokens, temperature, Truncation(top_p, top_k), greedy, seed)
         features = encode_images(self._model, [image for prompt in prompts for image in prompt.images])
         samples = 1 if greedy else num_samples

@@ -169,6 +169,29 @@ def test_image_tokens_that_do_not_match_the_images_are_refused(packing: str, cha
         score(model, [Tree(replace(prompt, images=images), (text_ids(3, generator),))], packing=packing)
 
 
+@pytest.mark.parametrize("packing", ["shared", "none"])
+def test_a_prompt_that_lost_its_image_is_refused_and_does_not_take_another_prompts(packing: str) -> None:
+    model, trees = make_model("qwen3_vl"), mixed_trees("qwen3_vl")
+    lost = replace(trees[0], prompt=replace(trees[0].prompt, images=()))
+    surplus = replace(trees[2], prompt=replace(trees[2].prompt, images=trees[0].prompt.images))
+    for batch in ([lost], [lost, surplus]):
+        with pytest.raises(ValueError, match="prompt 'one' holds 6 image tokens, but its 0 images take 0"):
+            score(model, batch, packing=packing)
+    unmarked = replace(lost.prompt, token_types=torch.zeros_like(lost.prompt.token_types))
+    with pytest.raises(ValueError, match="prompt 'one': input_ids hold 6 image tokens, token_types mark 0"):
+        score(model, [replace(lost, prompt=unmarked)], packing=packing)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3"])
+def test_scoring_under_autocast_packed_as_padded(kind: str) -> None:
+    model, trees = make_model(kind), mixed_trees(kind)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        packed, padded = (score(model, trees, packing=packing).logp for packing in ("shared", "none"))
+    exact = score(model, trees, packing="shared").logp
+    assert (packed - exact).norm() < 2 * (padded - exact).norm() + 1e-3
+    assert (packed - exact).norm() > 0  # autocast was on
+
+
 def test_images_for_a_language_model_are_refused() -> None:
     generator = torch.Generator().manual_seed(0)
     prompt = make_prompt("p", [2, 2], [make_image("a")], generator)

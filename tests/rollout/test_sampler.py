@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from separate_runs import prompt_inputs
@@ -193,3 +195,10 @@ def test_a_model_that_has_diverged_is_named_instead_of_sampled(greedy: bool) -> 
         model.base_model.norm.weight.fill_(torch.nan)
     with pytest.raises(ValueError, match="prompt 'one' are NaN: weights that are not finite"):
         make_sampler(model).generate(prompts[:1], greedy=greedy, top_p=0.9, **SETTINGS)
+
+
+def test_a_prompt_that_lost_its_image_is_refused() -> None:
+    prompts = prompts_of("qwen3_vl")
+    lost = replace(prompts[0], images=())
+    with pytest.raises(ValueError, match="prompt 'one' holds 6 image tokens, but its 0 images take 0"):
+        make_sampler(make_model("qwen3_vl")).generate([lost, *prompts[1:]], **SETTINGS)
