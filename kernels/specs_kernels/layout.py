@@ -14,9 +14,10 @@ Letters: T tokens, S segments.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -170,10 +171,11 @@ def _int_list(name: str, values: Sequence[int] | Tensor) -> list[int]:
                 f"{name} must be a 1-d integer tensor or a list of ints; got {values.dtype} {list(values.shape)}"
             )
         return values.tolist()
-    result = list(values)
-    for i, value in enumerate(result):
-        if not isinstance(value, int) or isinstance(value, bool):
+    result: list[int] = []
+    for i, value in enumerate(values):
+        if isinstance(value, bool) or not isinstance(value, SupportsIndex):
             raise ValueError(f"{name}[{i}] must be an int; got {value!r}")
+        result.append(operator.index(value))
     return result
 
 

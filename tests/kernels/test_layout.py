@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -122,6 +123,12 @@ def test_layout_made_in_inference_mode_serves_a_training_step() -> None:
 def test_a_forest_that_is_none_is_refused(lengths: list[int], parents: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PackedLayout.from_segments(lengths, parents)
+
+
+def test_integers_of_numpy_are_integers() -> None:
+    layout = PackedLayout.from_segments(np.array([2, 3]), np.array([-1, 0]), bidirectional=np.array([[0, 2]]))
+    assert layout.lengths == (2, 3) and layout.bidirectional == ((0, 2),)
+    assert all(type(value) is int for value in layout.lengths + layout.parents)
 
 
 def test_lengths_must_be_integers() -> None:
