@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,29 @@ def provenance() -> dict[str, Any]:
             **{package: _version(package) for package in packages},
         },
     }
+
+
+class OtherLoad:
+    """How many cores other processes kept busy since this was made; a number measured beside much of it is worth little."""
+
+    def __init__(self) -> None:
+        self._start = self._read()
+
+    @staticmethod
+    def _read() -> tuple[float, float, float] | None:
+        stat = Path("/proc/stat")
+        if not stat.exists():
+            return None
+        user, nice, system = (int(field) for field in stat.read_text(encoding="utf-8").split()[1:4])
+        return time.perf_counter(), (user + nice + system) / os.sysconf("SC_CLK_TCK"), time.process_time()
+
+    def cores(self) -> float | None:
+        """Cores, on average; None where the system does not say."""
+        now = self._read()
+        if now is None or self._start is None:
+            return None
+        wall, busy, own = (after - before for after, before in zip(now, self._start, strict=True))
+        return round(max(0.0, busy - own) / wall, 2)
 
 
 def cpu_name() -> str:

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from bench.machine import provenance
+from bench.machine import OtherLoad, provenance
 from specs_fast.data.types import EncodedImage, EncodedPrompt, Scores, Tree
 from specs_fast.models import score
 from specs_fast.models.load import vision_tower
@@ -241,6 +241,7 @@ def measure(shape: Shape, *, freeze_vision: bool, device: str, repeats: int) -> 
     arms = {name: Arm(name, model, trees) for name in SCORERS}
     errors = {name: gradient_error(arms[name], arms["padded"]) for name in arms if name != "padded"}
     times: dict[str, list[float]] = {name: [] for name in arms}
+    others = OtherLoad()
     for repeat in range(-2, repeats):  # two rounds to warm up
         for name in sorted(arms, reverse=repeat % 2 == 0):
             elapsed = seconds(arms[name].update, model.device)
@@ -261,6 +262,7 @@ def measure(shape: Shape, *, freeze_vision: bool, device: str, repeats: int) -> 
         "times_faster": {name: round(medians[name] / medians["shared"], 3) for name in arms if name != "shared"},
         "gradient_error_against_padded": errors,
         "repeats": repeats,
+        "cores_busy_with_other_processes": others.cores(),
     }
 
 
@@ -281,7 +283,9 @@ def main() -> None:
             rows.append(row)
             times = "".join(f"{row['milliseconds'][name]['median']:13.1f} ms" for name in SCORERS)
             ratios = ", ".join(f"{ratio:.2f}x ({name})" for name, ratio in row["times_faster"].items())
-            print(f"{shape.name:44} {row['vision']:8}{times}   {ratios}")
+            others = row["cores_busy_with_other_processes"]
+            note = f"   ({others} cores busy with other processes)" if others and others > 0.1 else ""
+            print(f"{shape.name:44} {row['vision']:8}{times}   {ratios}{note}")
     worst = max(error for row in rows for error in row["gradient_error_against_padded"].values())
     print(f"gradients agree to {worst:.1e} relative")
     if arguments.no_write:
