@@ -175,14 +175,22 @@ def doctor_command(options: argparse.Namespace) -> None:
 
 
 def show(run_dir: Path) -> None:
-    """Print the before/after tables, write the report and print where it is."""
+    """Print the before/after tables (in-distribution and the pool of the others, where there is one), write the report and
+    print where it is."""
     from specs_fast.report import build
     from specs_fast.report.run_data import read_run
-    from specs_fast.report.table import before_after, console_tables
+    from specs_fast.report.table import before_after, console_tables, splits_of
 
-    rows = before_after(read_run(run_dir).evaluations)
+    evaluations = read_run(run_dir).evaluations
+    rows = before_after(evaluations)
     if rows:
-        _print(console_tables(rows))
+        splits = splits_of(rows)
+        parts = [
+            part for e in evaluations.values() for pool in (e.summary.get("pooled") or {}).values() for part in pool
+        ]
+        _print(console_tables(rows, [split for split in splits if split not in parts]))
+        if parts:
+            print(f"ood pools {', '.join(dict.fromkeys(parts))}; the report has each of them")
     else:
         print("no evaluation is there yet")
     print(f"report: {build(run_dir)}")

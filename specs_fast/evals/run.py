@@ -2,7 +2,8 @@
 
 For every split, sampled at a temperature and beside it greedily: strict accuracy (right format and right answer in its
 tag), accuracy of the last answer in any style, format, unbiased pass@k (any style), mean length, clipped rate, with
-standard errors over prompts. Every model is asked with the same seed and settings.
+standard errors over prompts. Every model is asked with the same seed and settings. Where there is a split "id" and at
+least two others, those others are also pooled as "ood".
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from specs_fast.train.stage_dir import write_json
 
 IN_DISTRIBUTION = "id"
 """Name of the split that the Generalization Factor takes as in-distribution, where there is one."""
+POOLED_OUT = "ood"
+"""Name of the pool of all other splits: every question of theirs counts once."""
 
 
 @dataclass(frozen=True)
@@ -111,23 +114,38 @@ def evaluate_prompts(
         for prompt in prompts:
             check_answer(prompt)
     results: dict[str, Any] = {}
+    judged: dict[str, tuple[list[list[Response]], list[list[Response]] | None]] = {}
     rows: list[dict[str, Any]] = []
     total = sum(len(prompts) for prompts in splits.values()) * (1 + config.greedy)
     with progress.track(f"evaluating {name}", total) as bar:
         for split, prompts in splits.items():
             sampled = _respond(engine, encoder, prompts, config, split, False, bar)
             greedy = _respond(engine, encoder, prompts, config, split, True, bar) if config.greedy else None
-            results[split] = {"n": len(prompts), "sampled": summarise(sampled, config.pass_k)}
-            if greedy is not None:
-                results[split]["greedy"] = summarise(greedy, ())
+            judged[split] = (sampled, greedy)
+            results[split] = _block(sampled, greedy, config)
             rows += [
                 _row(split, prompt, sampled[index], greedy[index][0] if greedy is not None else None)
                 for index, prompt in enumerate(prompts)
             ]
     result: dict[str, Any] = {"splits": results}
+    outside = [split for split in results if split != IN_DISTRIBUTION]
+    if IN_DISTRIBUTION in results and len(outside) > 1 and POOLED_OUT not in results:
+        sampled = [group for split in outside for group in judged[split][0]]
+        greedy = [group for split in outside for group in judged[split][1] or []]
+        results[POOLED_OUT] = _block(sampled, greedy if config.greedy else None, config)
+        result["pooled"] = {POOLED_OUT: outside}
     if IN_DISTRIBUTION in results and len(results) > 1:
         result["generalization_factor"] = _generalization(results)
     return result, rows
+
+
+def _block(
+    sampled: Sequence[Sequence[Response]], greedy: Sequence[Sequence[Response]] | None, config: EvalConfig
+) -> dict[str, Any]:
+    block: dict[str, Any] = {"n": len(sampled), "sampled": summarise(sampled, config.pass_k)}
+    if greedy is not None:
+        block["greedy"] = summarise(greedy, ())
+    return block
 
 
 def judge(prompt: Prompt, text: str, completion: Completion) -> Response:

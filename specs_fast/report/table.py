@@ -64,7 +64,7 @@ def before_after(evaluations: Mapping[str, Evaluation]) -> list[Row]:
     ``evaluations``: model name to evaluation; a model named ``base`` is what the others are compared to.
     """
     rows = []
-    for split in _in_order(evaluations, "splits"):
+    for split in _splits_in_order(evaluations):
         for mode in MODES:
             blocks = {name: _block(evaluation, split, mode) for name, evaluation in evaluations.items()}
             metrics = [name for name in METRIC_TITLES if any(name in block for block in blocks.values())]
@@ -108,10 +108,10 @@ def points(cell: Cell | None) -> str:
     return f"{100 * cell.delta:+.1f}{error}"
 
 
-def console_tables(rows: Sequence[Row]) -> Group:
-    """The tables that ``specs-fast run`` prints: one a split, narrow enough for 80 columns."""
+def console_tables(rows: Sequence[Row], splits: Sequence[str] | None = None) -> Group:
+    """The tables that ``specs-fast run`` prints: one a split (all, or these), narrow enough for 80 columns."""
     tables: list[Table | Text] = []
-    for split in splits_of(rows):
+    for split in splits_of(rows) if splits is None else splits:
         part = [row for row in rows if row.split == split]
         shown = list(part[0].cells)
         last = shown[-1] if len(shown) > 1 and shown[0] == "base" else None
@@ -146,7 +146,12 @@ def _row(evaluations: Mapping[str, Evaluation], split: str, mode: str, metric: s
             continue
         count = int(evaluation.summary["splits"][split].get("n", 0))
         prompts = max(prompts, count)
-        marks = prompt_means(evaluation.rows, split, mode, metric)
+        parts = (evaluation.summary.get("pooled") or {}).get(split, [split])
+        marks = {
+            f"{part}/{prompt}": mean
+            for part in parts
+            for prompt, mean in prompt_means(evaluation.rows, part, mode, metric).items()
+        }
         error = (block.get("standard_errors") or {}).get(metric)
         if error is None:
             error = math.sqrt(max(0.0, value * (1 - value)) / max(1, count))
@@ -197,6 +202,13 @@ def _spread(values: Sequence[float]) -> float:
 def _block(evaluation: Evaluation, split: str, mode: str) -> Mapping[str, Any]:
     block = evaluation.summary.get("splits", {}).get(split, {}).get(mode)
     return block if isinstance(block, Mapping) else {}
+
+
+def _splits_in_order(evaluations: Mapping[str, Evaluation]) -> list[str]:
+    """The first split, the pools of others, then the others one by one."""
+    first, *others = _in_order(evaluations, "splits") or [""]
+    pools = _in_order(evaluations, "pooled")
+    return [split for split in (first, *pools, *(name for name in others if name not in pools)) if split]
 
 
 def _in_order(evaluations: Mapping[str, Evaluation], key: str) -> list[str]:

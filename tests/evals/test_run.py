@@ -149,7 +149,12 @@ def test_generalization_factor_is_of_strict_accuracy_against_id() -> None:
     splits = {"id": [prompt("a")], "len": [prompt("a"), prompt("b")], "noise": [prompt("b")]}
     result, _, _ = run(says, splits)
     factor = result["generalization_factor"]
-    assert factor["splits"] == {"len": pytest.approx(5 * 0.5 * 0.25 / (4 * 0.5 + 0.25)), "noise": 0.0}
+    pool = (0.5 + 0 + 0) / 3
+    assert factor["splits"] == {
+        "len": pytest.approx(5 * 0.5 * 0.25 / (4 * 0.5 + 0.25)),
+        "noise": 0.0,
+        "ood": pytest.approx(5 * 0.5 * pool / (4 * 0.5 + pool)),
+    }
     assert "generalization_factor" not in run(says, {"len": [prompt("a")]})[0]
     assert "generalization_factor" not in run(says, {"id": [prompt("a")]})[0]
 
@@ -256,3 +261,19 @@ def test_bad_rows_and_incomplete_models_are_found_before_time_is_spent(model_dir
     with pytest.raises(ValueError, match="eval_id.jsonl:2: the gold answer"):
         evaluate(tmp_path / "nothing", {"id": split}, CONFIG, tmp_path / "eval" / "x.json", device="cpu")
     assert not (tmp_path / "eval").exists()
+
+
+def test_splits_other_than_id_are_pooled_question_by_question() -> None:
+    splits = {"id": [prompt("a")], "len": [prompt("a"), prompt("c")], "noise": [prompt("b")]}
+    result, rows, _ = run(says, splits)
+    assert result["pooled"] == {"ood": ["len", "noise"]} and [row["split"] for row in rows] == [
+        "id",
+        "len",
+        "len",
+        "noise",
+    ]
+    assert result["splits"]["ood"]["n"] == 3
+    assert result["splits"]["ood"]["sampled"]["accuracy_any"] == pytest.approx((3 / 4 + 0 + 0) / 3)
+    assert result["splits"]["ood"]["greedy"]["accuracy_any"] == 1.0
+    two, _, _ = run(says, {"id": [prompt("a")], "len": [prompt("b")]})
+    assert "pooled" not in two and set(two["splits"]) == {"id", "len"}

@@ -117,3 +117,19 @@ def test_pass_at_k_is_unbiased(samples: int, correct: int, k: int, value: float)
 @pytest.mark.parametrize("summary", [{}, {"splits": {}}, {"splits": {"id": {}}}, {"splits": {"id": {"sampled": None}}}])
 def test_an_empty_summary_gives_no_rows(summary: dict[str, Any]) -> None:
     assert before_after({"base": Evaluation(summary, [])}) == []
+
+
+def test_a_pool_stands_after_the_first_split_and_its_differences_are_paired_over_its_parts() -> None:
+    def pooled(first: bool, second: bool) -> Evaluation:
+        blocks = {name: {"n": 1, "sampled": {"accuracy_any": 0.5}} for name in ("id", "len", "noise")}
+        blocks["ood"] = {"n": 2, "sampled": {"accuracy_any": (first + second) / 2}}
+        rows = [
+            {"split": "len", "prompt_id": "x", "correct_any": [first]},
+            {"split": "noise", "prompt_id": "x", "correct_any": [second]},
+        ]
+        return Evaluation({"splits": blocks, "pooled": {"ood": ["len", "noise"]}}, rows)
+
+    rows = before_after({"base": pooled(False, False), "final": pooled(True, True)})
+    assert splits_of(rows) == ["id", "ood", "len", "noise"]
+    cell = find(rows, "ood", "sampled", "accuracy_any").cells["final"]  # type: ignore[union-attr]
+    assert cell is not None and (cell.delta, cell.delta_error) == (1.0, 0.0)
