@@ -98,18 +98,22 @@ class SamplingConfig:
     top_p: kept probability mass, (0, 1]; 1.0 is off.
     top_k: kept tokens; 0 is off.
     max_new_tokens: longest response in tokens. 64 suits the lab; the paper uses 10,240.
+    max_batch_tokens: rows times (longest prompt + max_new_tokens) decoded together; bounds the key-value cache. The
+        random draws do not depend on it. Raise it where memory allows: decoding speed grows with the batch.
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     max_new_tokens: int = 64
+    max_batch_tokens: int = 65536
 
     def __post_init__(self) -> None:
         _check_temperature(self.temperature)
         require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1 (1 is off)")
         require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
         require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
+        require(self.max_batch_tokens >= 1, "max_batch_tokens", self.max_batch_tokens, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -293,6 +297,13 @@ class DPOConfig:
             "at least 1, or null for all epochs",
         )
         require(self.beta > 0, "beta", self.beta, "above 0")
+        for key, unused in (("beta", 0.1), ("label_smoothing", 0.0), ("nll_weight", 1.0)):
+            require(
+                self.kind == "dpo" or getattr(self, key) == unused,
+                key,
+                getattr(self, key),
+                f"its default ({unused}) where kind is sft, which takes no {key}. Drop {key}, or set kind: dpo",
+            )
         require(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "at least 0 and below 0.5")
         require(self.nll_weight >= 0, "nll_weight", self.nll_weight, "0 or more")
 

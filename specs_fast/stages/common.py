@@ -64,7 +64,10 @@ class Policy:
     ) -> list[list[Completion]]:
         """``num_samples`` completions per prompt, the same for the same seed."""
         sampler = Sampler(
-            self.model, eos_token_ids=eos_token_ids(self.model, self.encoder), pad_token_id=self.encoder.pad_token_id
+            self.model,
+            eos_token_ids=eos_token_ids(self.model, self.encoder),
+            pad_token_id=self.encoder.pad_token_id,
+            max_batch_tokens=sampling.max_batch_tokens,
         )
         return sampler.generate(
             [self.encoder.prompt(prompt) for prompt in prompts],

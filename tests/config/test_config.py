@@ -248,3 +248,11 @@ def test_to_data_is_plain(recipe: Path) -> None:
     data = to_data(load_config(recipe))
     assert data["eval"]["pass_k"] == [1, 4]
     assert yaml.safe_load(yaml.safe_dump(data)) == data
+
+
+@pytest.mark.parametrize("key", ["beta=0.3", "label_smoothing=0.1", "nll_weight=0.5"])
+def test_the_sft_cold_start_refuses_settings_of_dpo(key: str) -> None:
+    recipe = Path(__file__).resolve().parents[2] / "recipes" / "lab-specs.yaml"
+    assert load_config(recipe, ["coldstart.kind=sft"]).coldstart.kind == "sft"
+    with pytest.raises(ConfigError, match=rf"coldstart\.{key.partition('=')[0]}.*kind is sft"):
+        load_config(recipe, ["coldstart.kind=sft", f"coldstart.{key}"])
