@@ -10,6 +10,8 @@ Each stage leaves a folder of its own that is complete or absent, so the same ca
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from specs_fast.stages.dpo import check_origin, run_dpo
 from specs_fast.stages.grpo import run_grpo
 from specs_fast.stages.pairs import run_pairs
 from specs_fast.stages.sft import run_sft
-from specs_fast.train.stage_dir import fingerprint, is_done, run_stage
+from specs_fast.train.stage_dir import fingerprint, is_done, run_stage, write_json
 
 CHECKPOINTS = ("zero", "coldstart", "final")
 
@@ -43,9 +45,27 @@ def run(config: SpecsConfig, run_dir: Path, progress: Progress = SILENT) -> dict
     folders = {name: run_dir / name for name in (*CHECKPOINTS, "pairs")}
     if not all([is_done(folder) for folder in folders.values()]):
         prompts = check_inputs(config, base_dir, progress)
+        _hold_to_inputs(config, base_dir, run_dir, any(folder.exists() for folder in folders.values()))
         with RewardSet.from_config(config.rewards) as rewards:
             _run_stages(config, base_dir, folders, prompts, rewards, progress)
     return {"base": base_dir, **{name: folders[name] for name in CHECKPOINTS}}
+
+
+def _hold_to_inputs(config: SpecsConfig, base_dir: Path, run_dir: Path, started: bool) -> None:
+    """Later stages must read what earlier ones read: remember the contents of data and model, and refuse to go on with others."""
+    train = Path(config.data.train)
+    found = {str(train): hashlib.sha256(train.read_bytes()).hexdigest(), str(base_dir): fingerprint(base_dir)}
+    file = run_dir / "inputs.json"
+    if started and file.is_file():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        for name, digest in found.items():
+            if before.get(name, digest) != digest:
+                raise ValueError(
+                    f"{name} has changed since the finished stages in {run_dir} read it; put the old one back, or start again "
+                    "in another output_dir"
+                )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_json(file, found)
 
 
 def _run_stages(

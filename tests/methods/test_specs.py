@@ -171,3 +171,28 @@ def test_the_papers_recipe_runs_on_a_tiny_model_of_its_class(
     assert read_done(tmp_path / "run" / "coldstart")["pairs"] == 4
     heads = {name: load_model(folder, dtype="bfloat16").lm_head.weight for name, folder in folders.items()}
     assert heads["zero"].dtype == torch.bfloat16 and not torch.equal(heads["coldstart"], heads["base"])
+
+
+def test_data_that_changed_between_two_starts_is_refused(
+    mini_lab: LabPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [json.loads(line) for line in Path(mini_lab.train).read_text().splitlines()][:6]
+    for row in rows:
+        row["images"] = [str(Path(mini_lab.train).parent / name) for name in row["images"]]
+    train = tmp_path / "train.jsonl"
+    train.write_text("\n".join(json.dumps(row) for row in rows))
+    run_dir = tmp_path / "run"
+    (run_dir / "zero").mkdir(parents=True)
+    (run_dir / "zero" / "DONE.json").write_text("{}")
+
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(specs, "run_pairs", stopped)
+    config = on_lab(mini_lab, train, run_dir)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            specs.run(config, run_dir)
+    train.write_text("\n".join(json.dumps(row) for row in rows[:5]))
+    with pytest.raises(ValueError, match=r"train\.jsonl has changed since"):
+        specs.run(config, run_dir)
