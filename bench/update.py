@@ -272,6 +272,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: PyTorch's)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--no-write", action="store_true", help="print only")
+    parser.add_argument("--out", type=Path, help="JSON to write (default: bench/results/<cpu|gpu>/update.json)")
     arguments = parser.parse_args()
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
@@ -298,7 +299,7 @@ def main() -> None:
         "rows": rows,
         "gpu": "not measured" if kind == "cpu" else "see rows",
     }
-    path = RESULTS / kind / "update.json"
+    path = arguments.out or RESULTS / kind / "update.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"written to {path}")
