@@ -1,6 +1,6 @@
 """The lab recipe over several seeds: base, zero, cold start and final, mean and spread per split.
 
-    python -m bench.seeds recipes/lab-specs.yaml --seeds 0 1 2 [--out bench/results/cpu/lab_seeds.json] [key=value ...]
+    python -m bench.seeds recipes/lab-specs.yaml [key=value ...] --seeds 0 1 2 [--out bench/results/cpu/lab_seeds.json]
 
 Each seed is a whole run (its own training order, samples and cold start) on the same base model and
 evaluation questions.
