@@ -55,9 +55,7 @@ def test_the_packaged_base_is_small_complete_and_says_where_it_comes_from() -> N
     assert provenance["command"].startswith("python -m specs_fast.lab.base")
     assert provenance["recipe"]["seed"] == 0 and provenance["measured"]["splits"]["id"]
     for path in BASE_MODEL.glob("*.json"):
-        found = [
-            place for place in ("/home/", "/root/", "/tmp/", "/Users/") if place in path.read_text("utf-8")
-        ]
+        found = [place for place in ("/home/", "/root/", "/tmp/", "/Users/") if place in path.read_text("utf-8")]
         assert not found, f"{path.name} names a folder of the machine it was made on: {found}"
 
 
