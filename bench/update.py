@@ -28,16 +28,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import PreTrainedModel
 
 from bench.machine import OtherLoad, provenance
+from specs_fast.data.processor import IMAGE_TOKEN
 from specs_fast.data.types import EncodedImage, EncodedPrompt, Scores, Tree
+from specs_fast.lab.model import new_model
+from specs_fast.lab.processor import SPECIAL, VISION_END, VISION_START, build_tokenizer
 from specs_fast.models import score
 from specs_fast.models.load import vision_tower
 from specs_kernels import linear_logprob, policy_loss
 
 RESULTS = Path(__file__).parent / "results"
-VOCAB, IMAGE, VIDEO, VISION_START, VISION_END = 117, 113, 114, 115, 116
+TOKENIZER = build_tokenizer()
+IMAGE, VISION_BEGIN, VISION_STOP = TOKENIZER.convert_tokens_to_ids([IMAGE_TOKEN, VISION_START, VISION_END])
 PATCH, MERGE, TEMPORAL = 8, 2, 1
 TARGET = "shared at least 3x faster than padded on the first shape; gradient errors below 1e-5"
 
@@ -60,53 +64,14 @@ class Shape:
 
 SHAPES = (
     Shape("8 prompts of 86 x 8 responses of 40", 8, (86, 86), 8, (40, 40), (1, 16, 16)),
+    Shape("the same with the lab's image of 12 tokens", 8, (86, 86), 8, (40, 40), (1, 4, 12)),
     Shape("lab: 16 prompts of ~35 x 8 responses of ~20", 16, (32, 38), 8, (14, 26), (1, 4, 12)),
 )
 
 
 def lab_width_model(*, freeze_vision: bool, seed: int = 0) -> PreTrainedModel:
-    """A Qwen3-VL of the lab's architecture with random weights: 1.4 M parameters."""
-    text = {
-        "vocab_size": VOCAB,
-        "hidden_size": 128,
-        "intermediate_size": 384,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "max_position_embeddings": 512,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "mrope_section": [8, 4, 4],
-            "mrope_interleaved": True,
-        },
-        "pad_token_id": 0,
-        "bos_token_id": None,
-        "eos_token_id": 1,
-        "tie_word_embeddings": True,
-    }
-    vision = {
-        "depth": 2,
-        "hidden_size": 96,
-        "intermediate_size": 256,
-        "num_heads": 4,
-        "patch_size": PATCH,
-        "spatial_merge_size": MERGE,
-        "temporal_patch_size": TEMPORAL,
-        "out_hidden_size": 128,
-        "num_position_embeddings": 144,
-        "deepstack_visual_indexes": [0],
-    }
-    tokens = {
-        "image_token_id": IMAGE,
-        "video_token_id": VIDEO,
-        "vision_start_token_id": VISION_START,
-        "vision_end_token_id": VISION_END,
-    }
-    torch.manual_seed(seed)
-    config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **tokens)
-    model = Qwen3VLForConditionalGeneration(config).eval()
+    """The lab's Qwen3-VL with random weights: 1.4 M parameters."""
+    model = new_model(TOKENIZER, seed)
     tower = vision_tower(model)
     assert tower is not None
     tower.requires_grad_(not freeze_vision)
@@ -121,14 +86,14 @@ def make_trees(shape: Shape, seed: int = 0) -> list[Tree]:
         return int(torch.randint(bounds[0], bounds[1] + 1, (), generator=generator))
 
     def text(count: int) -> torch.Tensor:
-        return torch.randint(2, IMAGE, (count,), generator=generator)
+        return torch.randint(len(SPECIAL), len(TOKENIZER), (count,), generator=generator)
 
     trees = []
     for index in range(shape.prompts):
         pixels = torch.randn(shape.image_tokens * MERGE**2, 3 * TEMPORAL * PATCH * PATCH, generator=generator)
         image = torch.full((shape.image_tokens,), IMAGE)
         head, tail = 6, length(shape.prompt_tokens) - 6 - 2 - len(image)
-        ids = torch.cat((text(head), torch.tensor([VISION_START]), image, torch.tensor([VISION_END]), text(tail)))
+        ids = torch.cat((text(head), torch.tensor([VISION_BEGIN]), image, torch.tensor([VISION_STOP]), text(tail)))
         prompt = EncodedPrompt(str(index), ids, (ids == IMAGE).long(), (EncodedImage(str(index), pixels, shape.grid),))
         trees.append(Tree(prompt, tuple(text(length(shape.response_tokens)) for _ in range(shape.responses))))
     return trees
