@@ -8,18 +8,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+from specs_kernels import native
+
 _DEFINITION = "the definition in plain PyTorch; dense, for tests and as fallback by name"
 _CHUNKED = "plain PyTorch with bounded memory; runs on every device"
 _VECTOR_LOSS = "the loss works on [N] vectors, so its definition is already cheap"
+_NATIVE_ATTENTION = "C++ flash kernel with SIMD chosen at run time; cost follows the visible pairs"
 
 _BACKENDS: dict[str, dict[str, str]] = {
     "linear_logprob": {"reference": _DEFINITION, "chunked": _CHUNKED},
     "selective_logprob": {"reference": _DEFINITION, "chunked": _CHUNKED},
-    "packed_attention": {"reference": _DEFINITION, "chunked": _CHUNKED},
+    "packed_attention": {"reference": _DEFINITION, "chunked": _CHUNKED, "native": _NATIVE_ATTENTION},
     "preference_loss": {"reference": _VECTOR_LOSS},
     "policy_loss": {"reference": _VECTOR_LOSS},
 }
-_PREFERENCE = ("chunked", "reference")
+_PREFERENCE = ("native", "chunked", "reference")
+"""What "auto" takes, best first, among the backends that can run."""
 
 
 @dataclass(frozen=True)
@@ -36,28 +42,46 @@ def ops() -> tuple[str, ...]:
     return tuple(_BACKENDS)
 
 
-def backends(op: str) -> tuple[str, ...]:
-    """Names of the backends that can run ``op`` here."""
+def unavailable(backend: str, device: torch.device | str = "cpu") -> str | None:
+    """Why this backend cannot run on this device; None when it can."""
+    if backend == "native":
+        kind = torch.device(device).type
+        if kind not in ("cpu", "meta"):
+            return f"the native backend runs on CPU tensors, not on {kind}"
+        return native.missing()
+    return None
+
+
+def backends(op: str, device: torch.device | str = "cpu") -> tuple[str, ...]:
+    """Names of the backends that can run ``op`` on this device."""
     if op not in _BACKENDS:
         raise ValueError(f"unknown op {op!r}; ops: {', '.join(_BACKENDS)}")
-    return tuple(_BACKENDS[op])
+    return tuple(name for name in _BACKENDS[op] if unavailable(name, device) is None)
 
 
-def choose(op: str, backend: str = "auto") -> Choice:
-    """The backend that ``op`` runs on when asked for ``backend``.
+def choose(op: str, backend: str = "auto", device: torch.device | str = "cpu") -> Choice:
+    """The backend that ``op`` runs on for tensors on ``device`` when asked for ``backend``.
 
-    Raises ValueError for a backend that does not exist or cannot run this op; it never falls back.
+    Raises ValueError for a backend that does not exist or cannot run this op here; it never falls back.
     """
-    available = backends(op)
+    available = backends(op, device)
     if backend == "auto":
         name = next(candidate for candidate in _PREFERENCE if candidate in available)
-        return Choice(op, name, f"auto: {_BACKENDS[op][name]}")
+        return Choice(op, name, f"auto: {_BACKENDS[op][name]}{_passed_over(op, name, device)}")
     if backend not in available:
         allowed = ", ".join(repr(name) for name in ("auto", *available))
-        raise ValueError(f"{op} has no backend {backend!r} here; allowed: {allowed}")
+        reason = f" ({unavailable(backend, device)})" if backend in _BACKENDS[op] else ""
+        raise ValueError(f"{op} has no backend {backend!r} here{reason}; allowed: {allowed}")
     return Choice(op, backend, f"asked for by name: {_BACKENDS[op][backend]}")
 
 
-def describe() -> tuple[Choice, ...]:
-    """What ``backend="auto"`` chooses for every op, and why."""
-    return tuple(choose(op) for op in _BACKENDS)
+def _passed_over(op: str, chosen: str, device: torch.device | str) -> str:
+    """What "auto" would rather have taken, and what it lacks."""
+    better = _PREFERENCE[: _PREFERENCE.index(chosen)]
+    reasons = [unavailable(name, device) for name in better if name in _BACKENDS[op]]
+    return "".join(f"; {reason}" for reason in reasons if reason)
+
+
+def describe(device: torch.device | str = "cpu") -> tuple[Choice, ...]:
+    """What ``backend="auto"`` chooses for every op on this device, and why."""
+    return tuple(choose(op, device=device) for op in _BACKENDS)

@@ -1,0 +1,38 @@
+"""The compiled CPU library ``specs_kernels/_C`` (sources in ``csrc/``): loaded once, or a reason why it is not there.
+
+It is built when the package is installed with a C++17 compiler at hand; it speaks PyTorch's stable ABI, so one build serves every
+PyTorch from 2.11 on. Nothing here raises at import: without the library the other backends run.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).parent
+
+
+@cache
+def missing() -> str | None:
+    """None once the library is loaded; otherwise what is missing and how to get it."""
+    found = sorted(path for path in FOLDER.glob("_C*") if path.suffix in (".so", ".dylib", ".pyd"))
+    if not found:
+        return (
+            "the native library is not built: install a C++17 compiler (g++ or clang++) and install this package again"
+        )
+    try:
+        torch.ops.load_library(str(found[0]))
+    except (OSError, RuntimeError) as error:
+        return f"the native library {found[0].name} does not load ({error}): install this package again"
+    return None
+
+
+@cache
+def instruction_set() -> str | None:
+    """The vector instructions the library uses on this machine, or None without a library."""
+    if missing() is not None:
+        return None
+    names = ("portable", "avx2", "avx512")
+    return names[int(torch.ops.specs_kernels.native_isa())]
