@@ -18,6 +18,7 @@ LAYERS = {
     "progress": 0,
     "data": 1,
     "models": 2,
+    "integrations": 3,
     "rewards": 3,
     "rollout": 3,
     "train": 3,
@@ -61,6 +62,16 @@ def test_the_trainer_imports_downwards_only(path: Path) -> None:
             continue
         same_floor = LAYERS[parts[1]] == LAYERS[own] == 0
         assert LAYERS[parts[1]] < LAYERS[own] or same_floor, f"{path} imports {name}, which is not below it"
+
+
+def test_integrations_import_kernels_and_models_only_and_nothing_imports_them() -> None:
+    for path in sorted((ROOT / "specs_fast").rglob("*.py")):
+        ours = {name for name in imports(path) if name.split(".")[0] == "specs_fast" and name != "specs_fast"}
+        rooms = {name.split(".")[1] for name in ours}
+        if room(path) == "integrations":
+            assert rooms <= {"models", "integrations"}, f"{path} imports {rooms}"
+        else:
+            assert "integrations" not in rooms, f"{path} imports an integration"
 
 
 @pytest.mark.parametrize(

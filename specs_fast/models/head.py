@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 _SOFTCAP = "final_logit_softcapping"
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
 _DIVISORS = ("logits_scaling",)
+_MULTIPLIED_BY_DIVISOR = ("hyperclovax",)
+"""Model types that multiply their logits by the entry that the others divide them by."""
 # Configuration entries that name logits and do not touch the language-model head's output.
 _UNRELATED = re.compile(
     r"router|attn|attention|attentive|output_logits|num_logits_to_keep|logit_scale_init|contrastive|auxiliary"
@@ -44,6 +46,19 @@ def head_of(model: PreTrainedModel) -> Head:
         raise ValueError(
             f"{name} has {kind}; log-probs are computed from a plain nn.Linear head without an adapter on it"
         )
+    softcap, scale = logit_transform(model)
+    bias: Tensor | None = linear.bias
+    if bias is not None and scale != 1.0:
+        bias = bias * scale
+    return Head(linear.weight, bias, softcap, scale)
+
+
+def logit_transform(model: PreTrainedModel) -> tuple[float | None, float]:
+    """Soft cap and scale that a model's configuration puts on its logits: ``softcap(scale * (hidden @ weight.T + bias))``.
+
+    Raises ValueError for configuration entries about logits whose effect is not known here.
+    """
+    name = type(model).__name__
     config = model.config.get_text_config()
     softcap: float | None = None
     scale = 1.0
@@ -52,13 +67,10 @@ def head_of(model: PreTrainedModel) -> Head:
             continue
         if entry == _SOFTCAP:
             softcap = float(value)
-        elif entry in _MULTIPLIERS:
+        elif entry in _MULTIPLIERS or (entry in _DIVISORS and config.model_type in _MULTIPLIED_BY_DIVISOR):
             scale *= float(value)
         elif entry in _DIVISORS:
             scale /= float(value)
         else:
             raise ValueError(f"{name}: {entry} = {value!r} changes the logits in a way that is not supported")
-    bias: Tensor | None = linear.bias
-    if bias is not None and scale != 1.0:
-        bias = bias * scale
-    return Head(linear.weight, bias, softcap, scale)
+    return softcap, scale

@@ -13,6 +13,8 @@ from transformers import (
     Gemma2ForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    HyperCLOVAXConfig,
+    HyperCLOVAXForCausalLM,
     PreTrainedModel,
 )
 
@@ -47,8 +49,9 @@ def _randomised(model: PreTrainedModel) -> PreTrainedModel:
         Gemma2ForCausalLM(Gemma2Config(**_SMALL, head_dim=8, final_logit_softcapping=2.0, attn_implementation="eager")),
         CohereForCausalLM(CohereConfig(**_SMALL, logit_scale=0.25)),
         GraniteForCausalLM(GraniteConfig(**_SMALL, logits_scaling=3.0)),
+        HyperCLOVAXForCausalLM(HyperCLOVAXConfig(**_SMALL, logits_scaling=3.0)),
     ],
-    ids=["softcap", "multiplier", "divisor"],
+    ids=["softcap", "multiplier", "divisor", "divisor that multiplies"],
 )
 def test_padded_scores_honour_what_the_model_does_to_its_logits(model: PreTrainedModel) -> None:
     model, trees = _randomised(model), mixed_trees("qwen3")
