@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: demo test lint bench report setup clean
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 found; set PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt "setuptools>=77" wheel ninja torch
@@ -37,4 +37,4 @@ bench: $(STAMP)
 	PYTHONPATH=. $(BIN)/python -m bench.update
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build *.egg-info kernels/specs_kernels/_C*.so .pytest_cache .mypy_cache .ruff_cache

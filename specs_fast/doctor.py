@@ -12,7 +12,7 @@ import torch
 from rich.console import Group
 from rich.table import Table
 
-from specs_kernels import dispatch
+from specs_kernels import dispatch, native
 
 # Distribution name -> what it is to us. Absent ones are optional unless the installation is broken.
 PACKAGES = {
@@ -81,9 +81,14 @@ def ops() -> list[dict[str, Any]]:
     ]
 
 
+def native_library() -> dict[str, Any]:
+    """Whether the C++ library of the CPU kernels is there, and which instructions it uses."""
+    return {"built": native.missing() is None, "instruction_set": native.instruction_set(), "missing": native.missing()}
+
+
 def diagnosis() -> dict[str, Any]:
     """Everything that ``doctor`` prints, as plain data."""
-    return {"machine": machine(), "versions": versions(), "ops": ops()}
+    return {"machine": machine(), "versions": versions(), "native": native_library(), "ops": ops()}
 
 
 def diagnosis_tables(data: dict[str, Any]) -> Group:
@@ -99,6 +104,8 @@ def diagnosis_tables(data: dict[str, Any]) -> Group:
         built = about["cuda"] or about["hip"]
         reason = f"this PyTorch is built for {built}, but sees no device" if built else "this PyTorch is built for CPU"
         hardware.add_row("GPU", f"none: {reason}")
+    library = data["native"]
+    hardware.add_row("CPU kernels", f"C++, {library['instruction_set']}" if library["built"] else library["missing"])
     installed = _table("versions", "", "", "for")
     for name, number in data["versions"].items():
         installed.add_row(name, number or "not installed", PACKAGES.get(name, ""))

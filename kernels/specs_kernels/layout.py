@@ -173,6 +173,9 @@ def _int_list(name: str, values: Sequence[int] | Tensor) -> list[int]:
         return values.tolist()
     result: list[int] = []
     for i, value in enumerate(values):
+        if type(value) is int:
+            result.append(value)
+            continue
         if isinstance(value, bool) or not isinstance(value, SupportsIndex):
             raise ValueError(f"{name}[{i}] must be an int; got {value!r}")
         result.append(operator.index(value))

@@ -29,7 +29,6 @@ def missing() -> str | None:
     return None
 
 
-@cache
 def instruction_set() -> str | None:
     """The vector instructions the library uses on this machine, or None without a library."""
     if missing() is not None:

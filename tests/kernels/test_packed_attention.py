@@ -13,8 +13,12 @@ from hypothesis import strategies as st
 from packed_forests import Forest, forests
 from torch import Tensor
 
-from specs_kernels import PackedLayout, packed_attention
+from specs_kernels import PackedLayout, native, packed_attention
 from specs_kernels.packed_attention import chunked, plan
+
+NATIVE = pytest.param("native", marks=pytest.mark.skipif(native.missing() is not None, reason=str(native.missing())))
+each_backend = pytest.mark.parametrize("backend", ["chunked", NATIVE])
+each_and_reference = pytest.mark.parametrize("backend", ["reference", "chunked", NATIVE])
 
 LIMITS = {
     (plan, "BLOCK_TOKENS"): [256, 2, 5],
@@ -69,9 +73,10 @@ def evaluate(inputs: tuple[Tensor, ...], layout: PackedLayout, backend: str, **o
     return [out, lse, *torch.autograd.grad(total, inputs)]
 
 
+@each_backend
 @settings(max_examples=80, deadline=None)
 @given(problem=problems())
-def test_random_forests_equal_the_dense_definition(problem: Problem) -> None:
+def test_random_forests_equal_the_dense_definition(backend: str, problem: Problem) -> None:
     forest = problem.forest
     layout = PackedLayout.from_segments(forest.lengths, forest.parents, bidirectional=forest.spans)
     inputs = make_inputs(layout, problem.kv_heads * problem.fold, problem.kv_heads, problem.head_dim, problem.seed)
@@ -79,12 +84,12 @@ def test_random_forests_equal_the_dense_definition(problem: Problem) -> None:
     with pytest.MonkeyPatch.context() as patch:
         for (module, name), value in problem.limits.items():
             patch.setattr(module, name, value)
-        ours = evaluate(inputs, layout, "chunked", **problem.options)
+        ours = evaluate(inputs, layout, backend, **problem.options)
     for mine, reference in zip(ours, exact, strict=True):
         torch.testing.assert_close(mine, reference, atol=1e-11, rtol=1e-11)
 
 
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@each_and_reference
 @pytest.mark.parametrize("window", [None, 4])
 def test_equals_each_path_run_separately(backend: str, window: int | None) -> None:
     """Log-sum-exp and output of a response equal plain causal attention over its own path, key heads repeated."""
@@ -103,32 +108,35 @@ def test_equals_each_path_run_separately(backend: str, window: int | None) -> No
         torch.testing.assert_close(out[forest.tokens(segment)], separate[len(path) - forest.lengths[segment] :])
 
 
+@each_backend
 @pytest.mark.parametrize("return_lse", [False, True])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_gradcheck(return_lse: bool, softcap: float | None) -> None:
+def test_gradcheck(backend: str, return_lse: bool, softcap: float | None) -> None:
     layout = PackedLayout.from_segments([3, 2, 2], [-1, 0, 0], bidirectional=[(0, 2)])
     inputs = make_inputs(layout, 2, 1, 2)
 
     def run(query: Tensor, key: Tensor, value: Tensor) -> Any:
-        return packed_attention(query, key, value, layout, softcap=softcap, return_lse=return_lse)
+        return packed_attention(query, key, value, layout, softcap=softcap, return_lse=return_lse, backend=backend)
 
     assert torch.autograd.gradcheck(run, inputs)
 
 
-def test_gradient_of_lse_alone() -> None:
+@each_backend
+def test_gradient_of_lse_alone(backend: str) -> None:
     layout = PackedLayout.from_segments([3, 2, 2], [-1, 0, 0])
     inputs = make_inputs(layout, 2, 1, 2)
     grads = []
-    for backend in ("chunked", "reference"):
-        _, lse = packed_attention(*inputs, layout, return_lse=True, backend=backend)
+    for name in (backend, "reference"):
+        _, lse = packed_attention(*inputs, layout, return_lse=True, backend=name)
         grads.append(torch.autograd.grad(lse.square().sum(), inputs, allow_unused=True, materialize_grads=True))
     for ours, exact in zip(*grads, strict=True):
         torch.testing.assert_close(ours, exact)
 
 
+@each_backend
 @pytest.mark.parametrize("damage", [3.0, torch.nan, torch.inf])
 @pytest.mark.parametrize("window", [None, 6])
-def test_siblings_are_isolated_bit_for_bit(damage: float, window: int | None) -> None:
+def test_siblings_are_isolated_bit_for_bit(backend: str, damage: float, window: int | None) -> None:
     """Whatever a sibling (or another tree) holds, outputs and input gradients of the others do not change by one bit."""
     layout = PackedLayout.from_segments([9, 4, 7, 5, 3, 8], [-1, 0, 0, 2, 0, -1])
     clean = make_inputs(layout, 4, 2, 8, dtype=torch.float32)
@@ -137,27 +145,28 @@ def test_siblings_are_isolated_bit_for_bit(damage: float, window: int | None) ->
     dirty = tuple(x.requires_grad_() for x in dirty)
     results = []
     for inputs in (clean, dirty):
-        out, lse = packed_attention(*inputs, layout, return_lse=True, window=window)
+        out, lse = packed_attention(*inputs, layout, return_lse=True, window=window, backend=backend)
         others = out[~hurt].sum() + lse[~hurt].sum()
         results.append((out, lse, torch.autograd.grad(others, inputs)[0]))
     for before, after in zip(*results, strict=True):
         assert torch.equal(before[~hurt], after[~hurt])
 
 
-def test_bidirectional_windows_of_a_vision_tower_are_separate_full_attention() -> None:
+@each_backend
+def test_bidirectional_windows_of_a_vision_tower_are_separate_full_attention(backend: str) -> None:
     lengths = [4, 6, 4, 9, 4]
     starts = [sum(lengths[:i]) for i in range(5)]
     spans = [(start, start + length) for start, length in zip(starts, lengths, strict=True)]
     layout = PackedLayout.from_segments(lengths, [-1] * 5, bidirectional=spans)
     query, key, value = make_inputs(layout, 2, 2, 4)
-    out = packed_attention(query, key, value, layout)
+    out = packed_attention(query, key, value, layout, backend=backend)
     for start, end in spans:
         q, k, v = (x[start:end].transpose(0, 1) for x in (query, key, value))
         torch.testing.assert_close(out[start:end], F.scaled_dot_product_attention(q, k, v).transpose(0, 1))
 
 
 @pytest.mark.parametrize("lengths, parents", [([], []), ([0], [-1]), ([0, 0], [-1, 0])])
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@each_and_reference
 def test_a_row_without_tokens(lengths: list[int], parents: list[int], backend: str) -> None:
     layout = PackedLayout.from_segments(lengths, parents)
     inputs = make_inputs(layout, 4, 2, 3)
@@ -166,19 +175,21 @@ def test_a_row_without_tokens(lengths: list[int], parents: list[int], backend: s
     assert [grad.shape for grad in grads] == [x.shape for x in inputs]
 
 
-def test_strided_inputs() -> None:
+@each_backend
+def test_strided_inputs(backend: str) -> None:
     layout = PackedLayout.from_segments([5, 3], [-1, 0])
     query, key, value = make_inputs(layout, 4, 2, 6)
-    plain = packed_attention(query, key, value, layout)
+    plain = packed_attention(query, key, value, layout, backend=backend)
     strided = [x.detach().transpose(0, 1).contiguous().transpose(0, 1) for x in (query, key, value)]
-    assert torch.equal(packed_attention(strided[0], strided[1], strided[2], layout), plain)
+    assert torch.equal(packed_attention(strided[0], strided[1], strided[2], layout, backend=backend), plain)
 
 
+@each_backend
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_dtypes_of_results(dtype: torch.dtype) -> None:
+def test_dtypes_of_results(backend: str, dtype: torch.dtype) -> None:
     layout = PackedLayout.from_segments([5, 3, 4], [-1, 0, 0])
     inputs = make_inputs(layout, 4, 2, 8, dtype=dtype)
-    out, lse = packed_attention(*inputs, layout, return_lse=True)
+    out, lse = packed_attention(*inputs, layout, return_lse=True, backend=backend)
     assert out.dtype == dtype and lse.dtype == torch.float32
     exact, exact_lse = packed_attention(*(x.double() for x in inputs), layout, return_lse=True, backend="reference")
     bound = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5}[dtype]
@@ -187,12 +198,13 @@ def test_dtypes_of_results(dtype: torch.dtype) -> None:
     assert all(grad.dtype == dtype for grad in torch.autograd.grad(out.float().sum(), inputs))
 
 
-def test_results_are_bitwise_repeatable() -> None:
+@each_backend
+def test_results_are_bitwise_repeatable(backend: str) -> None:
     layout = PackedLayout.from_segments([60, 30, 41, 17, 60, 33], [-1, 0, 0, 0, -1, 4])
     inputs = make_inputs(layout, 4, 2, 16, dtype=torch.float32)
-    first = evaluate(inputs, layout, "chunked")
+    first = evaluate(inputs, layout, backend)
     for _ in range(2):
-        assert all(torch.equal(a, b) for a, b in zip(evaluate(inputs, layout, "chunked"), first, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(evaluate(inputs, layout, backend), first, strict=True))
 
 
 def test_nothing_of_size_t_by_t_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +227,7 @@ def test_nothing_of_size_t_by_t_is_made(monkeypatch: pytest.MonkeyPatch) -> None
     inputs = make_inputs(layout, 2, 1, 4)
     for window in (None, 40):
         with Watch():
-            out = packed_attention(*inputs, layout, window=window)
+            out = packed_attention(*inputs, layout, window=window, backend="chunked")
             torch.autograd.grad(out.sum(), inputs)
     assert layout.num_tokens == 312
     assert largest < layout.num_tokens**2 / 15
@@ -228,30 +240,32 @@ def test_plan_is_made_once_per_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     layout = PackedLayout.from_segments([5, 3, 4], [-1, 0, 0])
     inputs = make_inputs(layout, 4, 2, 8)
     with torch.inference_mode():
-        packed_attention(*(x.detach() for x in inputs), layout)
+        packed_attention(*(x.detach() for x in inputs), layout, backend="chunked")
     for _ in range(3):
-        packed_attention(*inputs, layout).sum().backward()
+        packed_attention(*inputs, layout, backend="chunked").sum().backward()
     assert len(built) == 1
-    packed_attention(*inputs, layout, window=3)
+    packed_attention(*inputs, layout, window=3, backend="chunked")
     assert len(built) == 2
 
 
-def test_autocast_does_not_lower_the_precision() -> None:
+@each_backend
+def test_autocast_does_not_lower_the_precision(backend: str) -> None:
     layout = PackedLayout.from_segments([5, 3, 4], [-1, 0, 0])
     inputs = make_inputs(layout, 4, 2, 8, dtype=torch.float32)
-    plain = packed_attention(*inputs, layout)
+    plain = packed_attention(*inputs, layout, backend=backend)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = packed_attention(*inputs, layout)
+        inside = packed_attention(*inputs, layout, backend=backend)
         grads = torch.autograd.grad(inside.sum(), inputs)
     assert torch.equal(inside, plain)
     for ours, exact in zip(grads, torch.autograd.grad(plain.sum(), inputs), strict=True):
         assert torch.equal(ours, exact)
 
 
-def test_second_derivative_is_refused() -> None:
+@each_backend
+def test_second_derivative_is_refused(backend: str) -> None:
     layout = PackedLayout.from_segments([3], [-1])
     query, key, value = make_inputs(layout, 1, 1, 2)
-    out = packed_attention(query, key, value, layout)
+    out = packed_attention(query, key, value, layout, backend=backend)
     with pytest.raises(RuntimeError, match="packed_attention is differentiable once"):
         torch.autograd.grad(out.sum(), query, create_graph=True)
 

@@ -12,7 +12,14 @@ from specs_kernels import checks
 from specs_kernels.dispatch import choose
 from specs_kernels.layout import PackedLayout
 from specs_kernels.packed_attention.chunked import packed_attention_chunked
+from specs_kernels.packed_attention.native import packed_attention_native
 from specs_kernels.packed_attention.reference import packed_attention_reference
+
+_RUN = {
+    "reference": packed_attention_reference,
+    "chunked": packed_attention_chunked,
+    "native": packed_attention_native,
+}
 
 
 @overload
@@ -64,7 +71,7 @@ def packed_attention(
     query: ``[T, H, Dh]``; key, value: ``[T, Hkv, Dh]`` with H a multiple of Hkv (query heads h*H/Hkv to (h+1)*H/Hkv - 1
         use key head h, as in transformers); fp16, bf16, fp32 or fp64, any strides. T = 0 is legal.
     scale: None is 1/sqrt(Dh). softcap: a number above 0 or None. window: an int >= 1, counting the token itself.
-    backend: "auto", "chunked" or "reference".
+    backend: "auto", "native" (C++, CPU), "chunked" or "reference".
 
     Returns out ``[T, H, Dh]`` in the query's dtype, and with ``return_lse`` also lse ``[T, H]``, fp32 (fp64 for fp64
     inputs). Gradients flow to query, key and value from both outputs; differentiable once: under
@@ -98,8 +105,7 @@ def packed_attention(
         checks.check_positive("softcap", softcap)
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
         raise ValueError(f"window must be an int of at least 1 (it counts the token itself) or None; got {window!r}")
-    reference = choose("packed_attention", backend).backend == "reference"
-    run = packed_attention_reference if reference else packed_attention_chunked
+    run = _RUN[choose("packed_attention", backend, query.device).backend]
     with torch.autocast(query.device.type, enabled=False):
         out, lse = run(query, key, value, layout, float(scale), softcap, window)
     return (out, lse) if return_lse else out

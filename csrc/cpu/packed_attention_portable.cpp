@@ -1,0 +1,2 @@
+#define SPECS_ISA portable
+#include "packed_attention_kernel.h"

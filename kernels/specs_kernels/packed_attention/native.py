@@ -1,0 +1,129 @@
+"""``packed_attention`` in C++ on CPU (``csrc/cpu/packed_attention*``): a flash kernel over the forest.
+
+The row is cut into *runs*: a segment, or a chain of segments without branches, in which every token sees all earlier
+ones. A tile of queries meets the keys of its own run and of the runs above it, in blocks, so the cost follows the
+visible pairs, whatever the shape of the forest; with a window, blocks out of sight are skipped. All query heads of one
+key head share a tile, and a prefix is stored once.
+
+fp32 and fp64 run as they are; fp16 and bf16 are computed in fp32. Sums have one order, given by layout and head counts:
+results do not depend on the number of threads. Between instruction sets (AVX-512, AVX2, portable) they differ by
+rounding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from specs_kernels import checks
+from specs_kernels.layout import PackedLayout
+from specs_kernels.softmax import accumulation_dtype
+
+HEAD_MULTIPLE = 16
+"""Head sizes are padded to a multiple of this: zeros change neither scores nor gradients."""
+
+
+def forest_runs(layout: PackedLayout) -> Tensor:
+    """int64 ``[runs, 4]``: first token, end, run above or -1, position of the first token; depth-first, kept per layout.
+
+    A segment continues the run of its parent when nothing lies between them and nothing of the parent's subtree comes
+    after its own.
+    """
+    runs = layout.cache.get("packed_attention.native")
+    if runs is None:
+        rows: list[list[int]] = []
+        run_ends: list[int] = []  # end of the subtree of each run
+        run_of: list[int] = []
+        start = 0
+        for length, parent, subtree_end in zip(layout.lengths, layout.parents, layout.subtree_ends, strict=True):
+            above = run_of[parent] if parent >= 0 else -1
+            if length == 0:  # its children see what its parent's would
+                run_of.append(above)
+            elif above >= 0 and rows[above][1] == start and run_ends[above] == subtree_end:
+                rows[above][1] = start + length
+                run_of.append(above)
+            else:
+                position = rows[above][3] + rows[above][1] - rows[above][0] if above >= 0 else 0
+                run_of.append(len(rows))
+                rows.append([start, start + length, above, position])
+                run_ends.append(subtree_end)
+            start += length
+        with torch.inference_mode(False):  # the first call may be a rollout's, the next one a training step's
+            runs = layout.cache["packed_attention.native"] = torch.tensor(rows, dtype=torch.int64).view(-1, 4)
+    return runs
+
+
+def _rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the accumulation dtype, D padded, D contiguous; strides of tokens and heads are free."""
+    tensor = tensor.to(dtype)
+    padding = -tensor.shape[2] % HEAD_MULTIPLE
+    if padding:
+        return F.pad(tensor, (0, padding))
+    return tensor if tensor.stride(2) == 1 else tensor.contiguous()
+
+
+class _PackedAttention(torch.autograd.Function):
+    """query ``[T, H, D]``, key and value ``[T, K, D]`` -> out ``[T, H, D]``, lse ``[T, H]``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layout: PackedLayout,
+        scale: float,
+        softcap: float | None,
+        window: int | None,
+    ) -> tuple[Tensor, Tensor]:
+        dtype = accumulation_dtype(query.dtype)
+        rows = [_rows(tensor, dtype) for tensor in (query, key, value)]
+        ctx.options = (scale, softcap or 0.0, window or 0)
+        ctx.layout, ctx.dtype, ctx.head_dim = layout, query.dtype, query.shape[2]
+        padded_out, lse = torch.ops.specs_kernels.packed_attention_forward(
+            *rows, layout.visible_from, forest_runs(layout), *ctx.options
+        )
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*rows, padded_out, lse)
+        out = padded_out[..., : query.shape[2]].to(query.dtype)
+        return (out.clone() if out is padded_out else out), lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        checks.refuse_second_derivative("packed_attention")
+        query, key, value, out, lse = ctx.saved_tensors
+        if grad_out is None and grad_lse is None:
+            return (None,) * 7
+        with torch.autocast("cpu", enabled=False):
+            grad_rows = torch.zeros_like(out) if grad_out is None else _rows(grad_out, lse.dtype)
+            grads = torch.ops.specs_kernels.packed_attention_backward(
+                grad_rows,
+                None if grad_lse is None else grad_lse.to(lse.dtype).contiguous(),
+                query,
+                key,
+                value,
+                out,
+                lse,
+                ctx.layout.visible_from,
+                forest_runs(ctx.layout),
+                *ctx.options,
+            )
+            dquery, dkey, dvalue = (grad[..., : ctx.head_dim].to(ctx.dtype) for grad in grads)
+        return dquery, dkey, dvalue, None, None, None, None
+
+
+def packed_attention_native(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: PackedLayout,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`specs_kernels.packed_attention`; returns (out, lse)."""
+    out, lse = _PackedAttention.apply(query, key, value, layout, scale, softcap, window)
+    return out, lse

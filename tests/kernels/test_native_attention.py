@@ -1,0 +1,185 @@
+"""packed_attention in C++: every instruction set, how the row is cut, threads, memory, odd head sizes."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from packed_forests import Forest, forests
+from torch import Tensor
+
+from specs_kernels import PackedLayout, native, packed_attention
+from specs_kernels.packed_attention.native import forest_runs
+
+pytestmark = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+WIDEST = 2
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs with each instruction set this processor has."""
+    wanted = ("portable", "avx2", "avx512").index(request.param)
+    try:
+        if torch.ops.specs_kernels.native_limit_isa(wanted) != wanted:
+            pytest.skip(f"this processor has no {request.param}")
+        yield request.param
+    finally:
+        torch.ops.specs_kernels.native_limit_isa(WIDEST)
+
+
+def inputs_of(layout: PackedLayout, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(layout.num_tokens, h, head_dim, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        for h in (heads, kv_heads, kv_heads)
+    ]
+
+
+def everything(inputs: list[Tensor], layout: PackedLayout, backend: str, **options: float | int | None) -> list[Tensor]:
+    out, lse = packed_attention(*inputs, layout, return_lse=True, backend=backend, **options)
+    generator = torch.Generator().manual_seed(1)
+    total = sum(
+        (x * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)).sum() for x in (out, lse)
+    )
+    return [out.detach(), lse.detach(), *torch.autograd.grad(total, inputs)]
+
+
+@pytest.mark.parametrize("head_dim", [1, 7, 16, 32, 64, 72, 80, 96, 128, 192, 256])
+def test_every_head_size_and_instruction_set_in_fp64(instruction_set: str, head_dim: int) -> None:
+    layout = PackedLayout.from_segments(
+        [70, 20, 9, 31, 0, 40], [-1, 0, 1, 1, 0, -1], bidirectional=[(10, 40), (130, 139)]
+    )
+    inputs = inputs_of(layout, 6, 2, head_dim, torch.float64)
+    for options in ({}, {"softcap": 3.0, "window": 25, "scale": 0.4}):
+        exact = everything(inputs, layout, "reference", **options)
+        for ours, theirs in zip(everything(inputs, layout, "native", **options), exact, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=1e-11)
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"window": 100}], ids=["plain", "softcap", "window"])
+def test_fp32_error_is_within_twice_that_of_plain_pytorch(instruction_set: str, options: dict[str, float]) -> None:
+    layout = PackedLayout.from_segments([300, 90, 77, 150, 64], [-1, 0, 0, -1, 3])
+    inputs = inputs_of(layout, 4, 2, 64, torch.float32)
+    doubles = [x.detach().double().requires_grad_() for x in inputs]
+    exact = everything(doubles, layout, "reference", **options)
+    plain = everything(inputs, layout, "reference", **options)
+    ours = everything(inputs, layout, "native", **options)
+    for mine, torchs, truth in zip(ours, plain, exact, strict=True):
+        error, allowed = (mine - truth).norm(), 2 * (torchs - truth).norm() + 1e-6 * truth.norm()
+        assert error <= allowed
+
+
+@pytest.mark.parametrize("sharpness", [0.0, 1.0, 30.0, 1e4])
+def test_exp_and_softmax_over_the_whole_range(instruction_set: str, sharpness: float) -> None:
+    """Equal scores, ordinary ones, and ones so sharp that all but one probability underflow."""
+    layout = PackedLayout.from_segments([130, 40], [-1, 0])
+    query, key, value = inputs_of(layout, 2, 2, 16, torch.float32)
+    with torch.no_grad():
+        query.mul_(sharpness)
+    ours = everything([query, key, value], layout, "native")
+    exact = everything([x.detach().double().requires_grad_() for x in (query, key, value)], layout, "reference")
+    for index in (0, 1):
+        torch.testing.assert_close(ours[index].double(), exact[index], rtol=2e-5, atol=2e-5 * max(1.0, sharpness))
+    assert all(torch.isfinite(x).all() for x in ours)
+
+
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    """A tree that is cut into several parts (more than 2^18 visible pairs) beside small ones."""
+    layout = PackedLayout.from_segments([700, 300, 300, 20, 1, 9], [-1, 0, 0, -1, 3, 3])
+    inputs = inputs_of(layout, 4, 2, 16, torch.float32)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = everything(inputs, layout, "native")
+        torch.set_num_threads(3)
+        together = everything(inputs, layout, "native")
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_parts_of_a_large_tree_add_up_to_the_definition() -> None:
+    layout = PackedLayout.from_segments([500, 400, 390], [-1, 0, 0])
+    inputs = inputs_of(layout, 2, 1, 16, torch.float64)
+    for ours, exact in zip(everything(inputs, layout, "native"), everything(inputs, layout, "reference"), strict=True):
+        torch.testing.assert_close(ours, exact, atol=1e-11, rtol=1e-11)
+
+
+def test_order_of_siblings_does_not_matter_bit_for_bit() -> None:
+    one = PackedLayout.from_segments([33, 5, 18], [-1, 0, 0])
+    two = PackedLayout.from_segments([33, 18, 5], [-1, 0, 0])
+    moved = torch.cat([torch.arange(33), torch.arange(38, 56), torch.arange(33, 38)])
+    inputs = inputs_of(one, 4, 2, 16, torch.float32)
+    swapped = [x.detach()[moved].requires_grad_() for x in inputs]
+    out, lse = packed_attention(*inputs, one, return_lse=True, backend="native")
+    out_two, lse_two = packed_attention(*swapped, two, return_lse=True, backend="native")
+    assert torch.equal(out[moved], out_two) and torch.equal(lse[moved], lse_two)
+
+
+@settings(max_examples=100, deadline=None)
+@given(forest=forests(max_segments=12, max_length=5))
+def test_runs_cover_the_row_and_lead_to_the_whole_path(forest: Forest) -> None:
+    layout = PackedLayout.from_segments(forest.lengths, forest.parents)
+    runs = forest_runs(layout).tolist()
+    assert [start for start, *_ in runs] == [0, *(end for _, end, *_ in runs)][: len(runs)]
+    assert (runs[-1][1] if runs else 0) == forest.num_tokens
+    for segment in range(len(forest.lengths)):
+        for token in forest.tokens(segment)[:1]:
+            run = next(index for index, (start, end, *_) in enumerate(runs) if start <= token < end)
+            assert runs[run][3] + token - runs[run][0] == int(layout.position_ids[token])
+            seen = list(range(runs[run][0], token))
+            while (run := runs[run][2]) >= 0:
+                seen = list(range(runs[run][0], runs[run][1])) + seen
+            path = forest.path_tokens(segment)
+            assert seen == path[: path.index(token)]
+
+
+def test_a_chain_of_segments_is_one_run_and_empty_ones_leave_no_trace() -> None:
+    assert forest_runs(PackedLayout.from_segments([3, 0, 2, 4], [-1, 0, 1, 2])).tolist() == [[0, 9, -1, 0]]
+    branched = PackedLayout.from_segments([3, 0, 2, 4, 1], [-1, 0, 1, 1, -1])
+    assert forest_runs(branched).tolist() == [[0, 3, -1, 0], [3, 5, 0, 3], [5, 9, 0, 3], [9, 10, -1, 0]]
+
+
+def test_memory_is_linear_in_tokens() -> None:
+    """70,000 tokens in one segment with a window: the dense scores would be 20 GB, the process grows by far less."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    layout = PackedLayout.from_segments([70_000], [-1])
+    inputs = [torch.randn(70_000, 1, 16).requires_grad_() for _ in range(3)]
+    packed_attention(*inputs, layout, window=64, backend="native").sum().backward()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # KiB
+    assert all(torch.isfinite(x.grad).all() for x in inputs)
+
+
+def test_ten_thousand_segments() -> None:
+    layout = PackedLayout.from_segments([2] * 10_000, [-1 if i % 10 == 0 else i - i % 10 for i in range(10_000)])
+    inputs = inputs_of(layout, 2, 1, 16, torch.float32)
+    out = packed_attention(*inputs, layout, backend="native")
+    small = PackedLayout.from_segments([2] * 10, [-1] + [0] * 9)
+    last = [x[-20:] for x in inputs]
+    assert torch.equal(out[-20:], packed_attention(*last, small, backend="native"))
+
+
+def test_ops_refuse_what_would_read_out_of_bounds() -> None:
+    query = torch.randn(4, 2, 16)
+    seen = torch.arange(4, dtype=torch.int32)
+    op = torch.ops.specs_kernels.packed_attention_forward
+    for runs in ([[0, 5, -1, 0]], [[0, 2, -1, 0], [3, 4, -1, 0]], [[0, 4, 0, 0]], [[0, 4, -2, 0]]):
+        with pytest.raises(RuntimeError, match="runs must cover"):
+            op(query, query, query, seen, torch.tensor(runs), 1.0, 0.0, 0)
+    with pytest.raises(RuntimeError, match="D a multiple of 16"):
+        op(
+            query[..., :8].contiguous(),
+            query[..., :8],
+            query[..., :8],
+            seen,
+            torch.tensor([[0, 4, -1, 0]]),
+            1.0,
+            0.0,
+            0,
+        )
+    with pytest.raises(RuntimeError, match="float32 or float64"):
+        half = query.half()
+        op(half, half, half, seen, torch.tensor([[0, 4, -1, 0]]), 1.0, 0.0, 0)
