@@ -169,7 +169,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return build_tokenizer()
 
 
-def _common(folder: Path, **settings: Any) -> dict[str, Any]:
+def common_settings(folder: Path, **settings: Any) -> dict[str, Any]:
     return {
         "output_dir": str(folder),
         "per_device_train_batch_size": 4,
@@ -195,7 +195,7 @@ def _train(trainer: Any, recorder: Recorder) -> Run:
     return Run(recorder.gradients, trainer.state.log_history, largest.nbytes)
 
 
-def _texts(count: int, words: int, seed: int) -> list[str]:
+def texts(count: int, words: int, seed: int) -> list[str]:
     vocabulary = [word for word in tokenizer().get_vocab() if word.isalpha()]
     vocabulary.sort()
     generator = torch.Generator().manual_seed(seed)
@@ -208,12 +208,12 @@ def run_dpo(model: Any, folder: Path, *, rows: int = 16, words: int = 8, **setti
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    data = {key: _texts(rows, words, seed) for seed, key in enumerate(("prompt", "chosen", "rejected"))}
+    data = {key: texts(rows, words, seed) for seed, key in enumerate(("prompt", "chosen", "rejected"))}
     recorder = Recorder()
     peft_config = settings.pop("peft_config", None)
     trainer = DPOTrainer(
         model=model,
-        args=DPOConfig(**_common(folder, **settings)),
+        args=DPOConfig(**common_settings(folder, **settings)),
         train_dataset=Dataset.from_dict(data),
         processing_class=tokenizer(),
         callbacks=[recorder],
@@ -234,8 +234,8 @@ def run_grpo(model: Any, folder: Path, *, rows: int = 16, **settings: Any) -> Ru
     recorder = Recorder()
     trainer = GRPOTrainer(
         model=model,
-        args=GRPOConfig(**_common(folder, num_generations=4, max_completion_length=8, **settings)),
-        train_dataset=Dataset.from_dict({"prompt": _texts(rows, 6, 3)}),
+        args=GRPOConfig(**common_settings(folder, num_generations=4, max_completion_length=8, **settings)),
+        train_dataset=Dataset.from_dict({"prompt": texts(rows, 6, 3)}),
         processing_class=tokenizer(),
         reward_funcs=reward_even_words,
         callbacks=[recorder],
@@ -252,6 +252,9 @@ def run_hf_trainer(model: Any, folder: Path, **settings: Any) -> Run:
     ]
     recorder = Recorder()
     trainer = Trainer(
-        model=model, args=TrainingArguments(**_common(folder, **settings)), train_dataset=rows, callbacks=[recorder]
+        model=model,
+        args=TrainingArguments(**common_settings(folder, **settings)),
+        train_dataset=rows,
+        callbacks=[recorder],
     )
     return _train(trainer, recorder)
