@@ -111,6 +111,13 @@ def softcapped(x, CAP: tl.constexpr):
 
 
 @triton.jit
+def softcap_slope(x, CAP: tl.constexpr):
+    """Derivative of :func:`softcapped`, ``1 - tanh(x / CAP)^2``, without the cancellation where it is small."""
+    decay = tl.exp2(tl.abs(x) * (-2.0 * LOG2E / CAP))
+    return 4.0 * decay / ((1.0 + decay) * (1.0 + decay))
+
+
+@triton.jit
 def rounded(x, DTYPE: tl.constexpr):
     """``x`` in DTYPE, rounded to nearest even. The interpreter truncates fp32 to bf16, so there the rounding is added."""
     if _EMULATE and DTYPE == tl.bfloat16:

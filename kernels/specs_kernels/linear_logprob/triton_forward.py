@@ -226,14 +226,16 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile_for(arch: str, dtype: torch.dtype, softcap: bool) -> Tile:
-    """The tile of an architecture and dtype: the largest that the compile gate finds without spills."""
+def tile_for(arch: str, dtype: torch.dtype, softcap: bool, dim: int, descriptor: bool) -> Tile:
+    """The largest tile that the compile gate finds without spills. A depth that pointers must mask takes registers."""
     if arch == "interpreter":
         return Tile(32, 256, 64, 4, 4, 1)
     if dtype == torch.float64:
-        return Tile(32, 32, 16, 8, 4, 2)
+        return Tile(32, 32, 16, 8, 8, 2)
     if dtype == torch.float32:
         return Tile(64, 128, 16, 8, 8, 3)
+    if dim % 64 != 0 and not descriptor:
+        return Tile(64, 128, 64, 8, 8, 2) if arch == "sm80" else Tile(128, 128, 32, 8, 8, 2)
     if arch == "gfx942":
         return Tile(128, 128, 64, 8, 8, 2)
     if arch == "sm80":
@@ -271,7 +273,8 @@ def fused_forward(
     vocab_size = weight_VD.shape[0]
     device, dtype = hidden_ND.device, accumulation_dtype(hidden_ND.dtype)
     arch = architecture(device)
-    tile = tile_for(arch, hidden_ND.dtype, softcap is not None)
+    descriptor = arch in ("sm90", "sm100", "interpreter") and _describable(hidden_ND) and _describable(weight_VD)
+    tile = tile_for(arch, hidden_ND.dtype, softcap is not None, dim, descriptor)
     slices = triton.cdiv(vocab_size, SLICE)
     logp, lse, maximum, log_total = (torch.empty(num_rows, dtype=dtype, device=device) for _ in range(4))
     entropy, mean = (torch.empty_like(logp), torch.empty_like(logp)) if return_entropy else (None, None)
@@ -281,7 +284,6 @@ def fused_forward(
     temperature_N, stride_temperature = strided_temperature(temperature, dtype, hidden_ND)
     target_N = target_N.contiguous()
     partial = torch.empty(slices, 4, num_rows, dtype=dtype, device=device)
-    descriptor = arch in ("sm90", "sm100", "interpreter") and _describable(hidden_ND) and _describable(weight_VD)
     launch(
         fused_forward_kernel,
         triton.cdiv(num_rows, tile.rows) * slices,
