@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_hosts import Run, largest_difference, make_model, run_dpo, run_grpo, tokenizer
+from tiny_hosts import Run, largest_difference, make_model, run_dpo, run_grpo, run_kto, run_rloo, run_sft, tokenizer
 
 trl = pytest.importorskip("trl", reason="trl is not installed; it comes with specs-fast[trl]")
 from transformers import AutoModelForCausalLM  # noqa: E402
@@ -97,6 +97,11 @@ def test_dpo_has_the_losses_gradients_and_logs_of_the_unmodified_trainer(
     settings: dict[str, Any], tmp_path: Path, calls: list[Any]
 ) -> None:
     _assert_same(*_both(run_dpo, _saved(tmp_path, "tied"), tmp_path, calls, **settings))
+
+
+@pytest.mark.parametrize("run", [run_rloo, run_kto, run_sft])
+def test_the_other_trainers_that_share_the_function_agree_too(run: Any, tmp_path: Path, calls: list[Any]) -> None:
+    _assert_same(*_both(run, _saved(tmp_path, "tied"), tmp_path, calls))
 
 
 @pytest.mark.parametrize("kind", ["softcap", "multiplier", "divisor"])
