@@ -66,19 +66,24 @@ def check_finite(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a finite number; got {value!r}")
 
 
-def check_temperature(temperature: float | Tensor, num_targets: int, kept: Tensor | None) -> None:
-    """A finite number above 0, or a float tensor ``[N]`` of them. Entries of ignored targets are not looked at.
-
-    kept: int64 indices of the targets that count, None for all.
-    """
-    if not isinstance(temperature, Tensor):
-        check_positive("temperature", temperature)
-        return
+def check_temperature_tensor(temperature: Tensor, num_targets: int) -> None:
+    """Dtype and shape of a temperature per target."""
     if temperature.dtype not in FLOATS:
         raise ValueError(f"temperature must be a float or a floating point tensor [N]; got {temperature.dtype}")
     check_shape("temperature", temperature, (num_targets,))
     if temperature.requires_grad:
         raise ValueError("temperature gets no gradient here; pass temperature.detach()")
+
+
+def check_temperature(temperature: float | Tensor, num_targets: int, kept: Tensor | None) -> None:
+    """A finite number above 0, or a float tensor ``[N]`` of them. Entries of ignored targets are not looked at.
+
+    kept: int64 indices of the targets that count, None for all. A tensor's values are read on the host.
+    """
+    if not isinstance(temperature, Tensor):
+        check_positive("temperature", temperature)
+        return
+    check_temperature_tensor(temperature, num_targets)
     seen = temperature.detach() if kept is None else temperature.detach().index_select(0, kept)
     bad = ~((seen > 0) & torch.isfinite(seen))
     if bool(bad.any()):
@@ -87,12 +92,16 @@ def check_temperature(temperature: float | Tensor, num_targets: int, kept: Tenso
         raise ValueError(f"temperature[{row}] is {float(seen[n])}; each must be a finite number above 0")
 
 
-def kept_targets(target: Tensor, ignore_index: int, vocab_size: int) -> Tensor | None:
+def kept_targets(target: Tensor, ignore_index: int, vocab_size: int | None) -> Tensor | None:
     """Indices of the targets that are not ``ignore_index`` (None when all count), each checked against ``[0, V)``.
+
+    vocab_size: V, or None for no check.
 
     Reads a count on the host: on an accelerator this waits for the device.
     """
     keep = target != ignore_index
+    if vocab_size is None:
+        return None if bool(keep.all()) else keep.nonzero().squeeze(1)
     bad = keep & ((target < 0) | (target >= vocab_size))
     num_kept, num_bad = torch.stack([keep.sum(), bad.sum()]).tolist()
     if num_bad:
@@ -101,6 +110,19 @@ def kept_targets(target: Tensor, ignore_index: int, vocab_size: int) -> Tensor |
             f"target[{n}] is {int(target[n])}; targets are 0 to {vocab_size - 1}, or {ignore_index} (ignore_index)"
         )
     return None if num_kept == target.shape[0] else keep.nonzero().squeeze(1)
+
+
+def check_rows(rows: Tensor, kept: Tensor | None, num_rows: int) -> None:
+    """Entries of targets that count against ``[0, num_rows)``; reads a flag on the host."""
+    seen = rows if kept is None else rows.index_select(0, kept)
+    bad = (seen < 0) | (seen >= num_rows)
+    if bool(bad.any()):
+        n = int(bad.nonzero()[0])
+        target = n if kept is None else int(kept[n])
+        raise ValueError(
+            f"rows[{target}] is {int(seen[n])}; hidden has rows 0 to {num_rows - 1} "
+            "(a target without a predictor must be ignore_index)"
+        )
 
 
 def check_mask(mask: Tensor | None, num_tokens: int) -> None:

@@ -37,6 +37,10 @@ LN2 = tl.constexpr(0.6931471805599453)
 _EMULATE = tl.constexpr(INTERPRETED)
 
 
+TL_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
+"""Triton's names of the arithmetic dtypes."""
+
+
 @triton.jit
 def merge(m, s, t, m_other, s_other, t_other, to_log2, ENTROPY: tl.constexpr):
     """(m, s, t) of two disjoint sets of scores together; exp(x) is taken as 2^(x * to_log2)."""
@@ -90,9 +94,9 @@ def dot(a, b, acc):
 
     The interpreter multiplies bf16 operands as the integers that hold them, so there they are upcast.
     """
-    if _EMULATE and a.dtype == tl.bfloat16:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
+    if _EMULATE:
+        a = a.to(acc.dtype)
+        b = b.to(acc.dtype)
     return tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
 
 
@@ -108,6 +112,13 @@ def softcapped(x, CAP: tl.constexpr):
         series = size * (1.0 + square * (-1.0 / 3 + square * (2.0 / 15 + square * (-17.0 / 315))))
         tanh = tl.where(size < 0.2, series, tanh)
     return tl.where(y < 0, -CAP * tanh, CAP * tanh)
+
+
+@triton.jit
+def softcap_slope(x, CAP: tl.constexpr):
+    """Derivative of :func:`softcapped`, ``1 - tanh(x / CAP)^2``, without the cancellation where it is small."""
+    decay = tl.exp2(tl.abs(x) * (-2.0 * LOG2E / CAP))
+    return 4.0 * decay / ((1.0 + decay) * (1.0 + decay))
 
 
 @triton.jit
@@ -129,23 +140,21 @@ def checked_temperature(temperature):
     return tl.where(good, temperature, float("nan"))
 
 
-def acc_dtype(dtype: torch.dtype) -> Any:
-    """Triton's name of the accumulation dtype: fp64 for fp64 inputs, fp32 for everything else."""
-    return tl.float64 if dtype == torch.float64 else tl.float32
-
-
 def per_row(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A ``[N]`` vector as kernels read it: contiguous, in the accumulation dtype."""
+    """A ``[N]`` vector as kernels read it: contiguous, in the arithmetic dtype."""
     return None if values is None else values.to(dtype).contiguous()
 
 
-def strided_temperature(temperature: float | Tensor, dtype: torch.dtype, like: Tensor) -> tuple[Tensor | None, int]:
-    """The temperature as kernels read it, a vector and its stride; (None, 0) when it is 1 everywhere."""
-    if isinstance(temperature, Tensor):
-        return per_row(temperature, dtype), 1
-    if temperature == 1.0:
+def strided(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> tuple[Tensor | None, int]:
+    """A number or a vector as kernels read it, a vector and its stride; (None, 0) for the number 1.
+
+    Numbers go through memory because a kernel's own float arguments are fp32, and constants would compile anew per value.
+    """
+    if isinstance(value, Tensor):
+        return per_row(value, dtype), 1
+    if value == 1.0:
         return None, 0
-    return torch.full((1,), temperature, dtype=dtype, device=like.device), 0
+    return torch.full((1,), value, dtype=dtype, device=device), 0
 
 
 @dataclass(frozen=True)

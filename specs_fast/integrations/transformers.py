@@ -90,7 +90,8 @@ def logprob_head(
 ) -> LogprobHead:
     """Make ``model(..., labels=labels)`` return a :class:`LogprobOutput` instead of logits ``[B, L, V]``, never forming them.
 
-    model: a causal language or vision-language model of transformers with a plain linear head, or a PEFT model around one.
+    model: a causal language or vision-language model of transformers with a plain linear head, or a PEFT model around one, LoRA
+        on its head included (in the head's dtype; without dropout).
         Swap before ``fully_shard``, DDP or ``accelerator.prepare``, and after ``get_peft_model`` where an adapter or
         ``modules_to_save`` names the head (otherwise before or after).
     labels: int64 ``[B, L]`` as in transformers: position k scores ``labels[:, k + 1]``; or ``shift_labels`` ``[B, L]``, shifted
@@ -152,46 +153,53 @@ def _check_settings(base: Any, temperature: float) -> None:
         raise ValueError(f"temperature must be a finite number above 0; got {temperature!r}")
 
 
-def _linear_heads(base: PreTrainedModel) -> list[nn.Linear]:
+def _linear_heads(base: PreTrainedModel) -> list[Any]:
     """The head, or the original and the trained copies that PEFT's ``modules_to_save`` keeps of it."""
     top = base.get_output_embeddings()
     saved = getattr(top, "modules_to_save", None)
-    modules = [top] if saved is None else [top.original_module, *saved.values()]
-    heads: list[nn.Linear] = []
-    for module in modules:
-        plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-        if not plain or "forward" in module.__dict__:
-            kind = "no head" if module is None else f"a head of type {type(module).__name__}"
+    heads = [top] if saved is None else [top.original_module, *saved.values()]
+    for head in heads:
+        linear = head.base_layer if _has_lora(head) else head
+        plain = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward
+        if not plain or "forward" in {**linear.__dict__, **head.__dict__}:
+            kind = "no head" if head is None else f"a head of type {type(linear).__name__}"
             raise ValueError(
-                f"{type(base).__name__} has {kind}; log-probs are computed from a plain nn.Linear head: not quantised, without "
-                "an adapter on it (leave lm_head out of target_modules, or train it whole by modules_to_save), its forward not "
-                "replaced"
+                f"{type(base).__name__} has {kind}; log-probs are computed from a plain nn.Linear head or PEFT's LoRA on one: "
+                "not quantised, no other adapter (leave lm_head out of target_modules, or train it whole by modules_to_save), "
+                "its forward not replaced (by TRL's cast_lm_head_to_fp32, or accelerate's device_map)"
             )
-        heads.append(module)
     return heads
 
 
+def _has_lora(head: nn.Module | None) -> bool:
+    """Whether this is PEFT's LoRA on a linear layer; told by name, so that PEFT is not imported."""
+    return f"{type(head).__module__}.{type(head).__name__}" == "peft.tuners.lora.layer.Linear"
+
+
 def _head_forward(
-    self: nn.Linear, hidden: Tensor, target: Tensor | None = None, options: _Options | None = None
+    self: Any, hidden: Tensor, *args: Any, target: Tensor | None = None, options: _Options | None = None, **kwargs: Any
 ) -> Tensor | tuple[Tensor, ...]:
     """The head itself: logits ``[..., V]`` as ever; with a target ``[B, K]``, (logp, lse[, entropy]), each ``[B, K]``.
 
     A tuple, so that FSDP2 finds the tensors whose gradients announce this module's backward.
     """
     if target is None or options is None:
-        return nn.Linear.forward(self, hidden)
-    if isinstance(self.weight, DTensor):
+        return type(self).forward(self, hidden, *args, **kwargs)
+    linear, lora = (self.base_layer, _adapter(self)) if hasattr(self, "base_layer") else (self, None)
+    weight: Tensor = linear.weight
+    bias: Tensor | None = linear.bias
+    if isinstance(weight, DTensor):
         raise RuntimeError(
-            f"the head's weight is a sharded DTensor {tuple(self.weight.shape)} inside its forward; call the module that "
+            f"the head's weight is a sharded DTensor {tuple(weight.shape)} inside its forward; call the module that "
             "fully_shard was given; a head split by tensor parallelism is not supported"
         )
-    weight: Tensor = self.weight
-    bias: Tensor | None = self.bias
     if options.vocab_size is not None and options.vocab_size < weight.shape[0]:
         weight, bias = weight[: options.vocab_size], None if bias is None else bias[: options.vocab_size]
+        lora = None if lora is None else (lora[0], lora[1][: options.vocab_size])
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    low_rank: dict[str, Any] = {} if lora is None else {"lora": tuple(matrix.to(hidden.dtype) for matrix in lora)}
     logp, entropy, lse = linear_logprob(
         hidden.flatten(0, 1),
         weight,
@@ -203,8 +211,29 @@ def _head_forward(
         ignore_index=IGNORE,
         return_entropy=options.return_entropy,
         backend=options.backend,
+        **low_rank,
     )
     return tuple(out.view(target.shape) for out in (logp, lse, entropy) if out is not None)
+
+
+def _adapter(head: Any) -> tuple[Tensor, Tensor] | None:
+    """A ``[r, D]`` and B ``[V, r]`` of all active adapters of PEFT's LoRA layer, scale folded into B; None without one.
+
+    Raises ValueError for what two matrices cannot say: DoRA and other variants, a bias, dropout while training.
+    """
+    if head.disable_adapters and head.merged:
+        head.unmerge()
+    names = [name for name in head.active_adapters if name in head.lora_A]
+    if head.disable_adapters or head.merged or not names:
+        return None
+    for name in names:
+        dropout = head.lora_dropout[name]
+        if name in head.lora_variant or head.lora_B[name].bias is not None:
+            raise ValueError(f"adapter {name!r} of the head is a LoRA variant or has a bias; use plain LoRA on lm_head")
+        if dropout.training and getattr(dropout, "p", 0.0) > 0.0:
+            raise ValueError(f"adapter {name!r} of the head has lora_dropout {dropout.p}; set it to 0 on lm_head")
+    lora_A = torch.cat([head.lora_A[name].weight for name in names])
+    return lora_A, torch.cat([head.lora_B[name].weight * head.scaling[name] for name in names], dim=1)
 
 
 def _model_forward(model_class: type[PreTrainedModel], options: _Options) -> Any:
@@ -264,6 +293,11 @@ def _scored_forward(
     keep = _kept(logits_to_keep if num_logits_to_keep is None else num_logits_to_keep)
     target_BK = shift_labels[:, keep].to(hidden_BLD.device)
     head = model.get_output_embeddings()
+    if "forward" not in head.__dict__ and not hasattr(head, "modules_to_save"):
+        raise RuntimeError(
+            f"the head became another {type(head).__name__} after it was swapped; call logprob_head after what replaces it "
+            "(get_peft_model with lm_head in target_modules)"
+        )
     logp, lse, *entropy = head(hidden_BLD[:, keep], target=target_BK, options=options)
     count = (target_BK != IGNORE).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     return LogprobOutput(

@@ -1,7 +1,7 @@
 """TRL's trainers take their per-token log-probs and entropies from ``linear_logprob``.
 
 TRL computes both in one autograd function that its head calls (``trl.kernels.ChunkedLogProbFunction``). That function is
-replaced and nothing else: the trainers' masks, losses, generation, PEFT, DDP and FSDP stay TRL's. Tested: GRPO and DPO.
+replaced and nothing else: the trainers' masks, losses, generation, PEFT, DDP and FSDP stay TRL's. Tested: GRPO, DPO, RLOO, KTO, SFT.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from trl.trainer import utils
 from specs_fast.integrations.logit_metrics import mean_and_top1
 from specs_kernels import linear_logprob
 
-VERSIONS = ("1.15", "1.16")
+VERSIONS = ("1.16",)
 _ARGUMENTS = "hidden weight bias targets temperature chunk_size final_logit_softcapping logit_scale outputs".split()
 _OUTPUTS = {"log_probs", "entropy", "mean_logits", "is_top1"}
 
@@ -28,7 +28,7 @@ def use_linear_logprob() -> ExitStack:
     """From here on, in every TRL trainer of this process; until ``close()`` of what is returned, or the end of its ``with``.
 
     Raises RuntimeError for a TRL version that this was not written for and when already in use. Trainers then raise ValueError
-    for ``DPOConfig(use_weighting=True)`` and RuntimeError under DeepSpeed ZeRO-3. DPO's metrics ``logits/*`` and
+    for ``DPOConfig(use_weighting=True)`` and RuntimeError under DeepSpeed ZeRO-3. The metrics ``logits/*`` and
     ``mean_token_accuracy`` cost one more product with the head for the tokens of probability 1/2 and less.
     """
     theirs = utils._ChunkedLogProbFunction
@@ -36,7 +36,7 @@ def use_linear_logprob() -> ExitStack:
         raise RuntimeError("TRL already takes its log-probs from linear_logprob; close() what the first call returned")
     arguments = list(inspect.signature(getattr(theirs, "forward", theirs)).parameters)[1:]
     if ".".join(trl.__version__.split(".")[:2]) not in VERSIONS or arguments != _ARGUMENTS:
-        raise RuntimeError(f"trl {trl.__version__} is not known to this integration; install one of {VERSIONS}")
+        raise RuntimeError(f"trl {trl.__version__} is not known to this integration; install trl {VERSIONS[-1]}.x")
     undo = ExitStack()
     undo.callback(setattr, utils, "_ChunkedLogProbFunction", theirs)
     utils._ChunkedLogProbFunction = _LinearLogprob
@@ -72,7 +72,7 @@ class _LinearLogprob:
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype) * scale
         settings: dict[str, Any] = {"bias": bias, "temperature": temperature, "softcap": softcap, "logit_scale": scale}
         logp, entropy, _ = linear_logprob(hidden, weight, targets, **settings, return_entropy="entropy" in outputs)
-        if not {"mean_logits", "is_top1"} & set(outputs):  # the metrics of DPO
+        if not {"mean_logits", "is_top1"} & set(outputs):  # metrics of DPO, KTO and SFT
             return logp, entropy, None, None, None
         with torch.autocast(kind, enabled=False):
             mean, top1 = mean_and_top1(hidden, weight, bias, targets, logp, softcap=softcap, logit_scale=scale)

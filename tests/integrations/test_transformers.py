@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, Qwen3Config, Qwen3Fo
 from transformers import T5ForConditionalGeneration as T5
 
 from specs_fast.integrations.transformers import LogprobOutput, logprob_head
+from specs_kernels import linear_logprob
 
 PEFT_MISSING = "peft is not installed; it comes with specs-fast[dev]"
 
@@ -191,7 +193,7 @@ def test_half_precision_is_at_least_as_exact_as_the_models_own_logits() -> None:
         z = hidden.bfloat16().double() @ model.lm_head.weight.bfloat16().double().T
         labels = batch["labels"][:, 1:]
         exact = z.log_softmax(-1)[:, :-1].gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1) * (labels != -100)
-        errors = [float((logp[:, :-1] - exact).abs().max()) for logp in (got, own)]
+        errors = [float((logp[:, :-1].detach() - exact).abs().max()) for logp in (got, own)]
         assert 0 < errors[0] <= errors[1]
 
 
@@ -258,6 +260,58 @@ def test_a_head_that_peft_trains_whole_gets_its_gradient(swap_first: bool) -> No
     torch.testing.assert_close(losses, own_losses)
     assert losses[0] != losses[1]
     assert any("lm_head.modules_to_save" in name for name in got) and largest_difference(got, own_gradients) < 1e-5
+
+
+def _with_lora_on_the_head(kind: str, **settings: Any) -> Any:
+    peft = pytest.importorskip("peft", reason=PEFT_MISSING)
+    if "lora" not in inspect.signature(linear_logprob).parameters:
+        pytest.skip("linear_logprob has no lora= yet")
+    settings = {"r": 4, "lora_alpha": 10, "lora_dropout": 0.0, "init_lora_weights": False, **settings}
+    torch.manual_seed(1)
+    return peft.get_peft_model(make_model(kind), peft.LoraConfig(target_modules=["q_proj", "lm_head"], **settings))
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_lora_on_the_head_trains_as_with_the_models_own_head(kind: str) -> None:
+    batch, results = make_batch(), []
+    for ours in (False, True):
+        adapted = _with_lora_on_the_head(kind)
+        adapted.add_adapter("second", adapted.peft_config["default"])
+        if ours:
+            logprob_head(adapted, return_entropy=True)
+        losses = []
+        for names in ("default", ["default", "second"]):
+            adapted.base_model.set_adapter(names)
+            losses.append(adapted(**batch).loss)
+        with adapted.disable_adapter():
+            losses.append(adapted(**batch).loss.detach())
+        adapted.base_model.set_adapter("default")
+        sum(losses).backward()
+        results.append((torch.stack(losses).detach(), gradients(adapted)))
+    (own_losses, own_gradients), (losses, got) = results
+    torch.testing.assert_close(losses, own_losses)
+    assert len(set(losses.tolist())) == 3
+    assert any("lm_head.lora_B" in name for name in got) and largest_difference(got, own_gradients) < 1e-5
+
+
+def test_lora_on_the_head_that_two_matrices_cannot_say_is_refused() -> None:
+    dropout = _with_lora_on_the_head("untied", lora_dropout=0.5).eval()
+    logprob_head(dropout)
+    assert dropout(**make_batch()).logp is not None
+    with pytest.raises(ValueError, match="adapter 'default' of the head has lora_dropout 0.5"):
+        dropout.train()(**make_batch())
+    with pytest.raises(ValueError, match="LoRA variant"):
+        logprob_head(_with_lora_on_the_head("untied", use_dora=True))
+
+
+def test_a_head_replaced_after_the_swap_is_noticed() -> None:
+    peft = pytest.importorskip("peft", reason=PEFT_MISSING)
+    model, batch = make_model("untied"), make_batch()
+    logprob_head(model)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["lm_head"]))
+    with pytest.raises(RuntimeError, match="became another Linear after it was swapped; call logprob_head after"):
+        adapted(**batch)
 
 
 @pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}])

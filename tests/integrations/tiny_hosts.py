@@ -243,6 +243,53 @@ def run_grpo(model: Any, folder: Path, *, rows: int = 16, **settings: Any) -> Ru
     return _train(trainer, recorder)
 
 
+def run_rloo(model: Any, folder: Path, *, rows: int = 16, **settings: Any) -> Run:
+    from datasets import Dataset
+    from trl import RLOOConfig, RLOOTrainer
+
+    recorder = Recorder()
+    trainer = RLOOTrainer(
+        model=model,
+        args=RLOOConfig(**common_settings(folder, num_generations=4, max_completion_length=8, **settings)),
+        train_dataset=Dataset.from_dict({"prompt": texts(rows, 6, 3)}),
+        processing_class=tokenizer(),
+        reward_funcs=reward_even_words,
+        callbacks=[recorder],
+    )
+    return _train(trainer, recorder)
+
+
+def run_kto(model: Any, folder: Path, *, rows: int = 16, **settings: Any) -> Run:
+    from datasets import Dataset
+    from trl import KTOConfig, KTOTrainer
+
+    data = {"prompt": texts(rows, 8, 0), "completion": texts(rows, 8, 1), "label": [i % 2 == 0 for i in range(rows)]}
+    recorder = Recorder()
+    trainer = KTOTrainer(
+        model=model,
+        args=KTOConfig(**common_settings(folder, **settings)),
+        train_dataset=Dataset.from_dict(data),
+        processing_class=tokenizer(),
+        callbacks=[recorder],
+    )
+    return _train(trainer, recorder)
+
+
+def run_sft(model: Any, folder: Path, *, rows: int = 16, **settings: Any) -> Run:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    recorder = Recorder()
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(**common_settings(folder, **settings)),
+        train_dataset=Dataset.from_dict({"prompt": texts(rows, 8, 0), "completion": texts(rows, 8, 1)}),
+        processing_class=tokenizer(),
+        callbacks=[recorder],
+    )
+    return _train(trainer, recorder)
+
+
 def run_hf_trainer(model: Any, folder: Path, **settings: Any) -> Run:
     from transformers import Trainer, TrainingArguments
 

@@ -42,13 +42,15 @@ def test_every_op_and_backend_passes(capsys: pytest.CaptureFixture[str]) -> None
 def test_a_wrong_backend_fails(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], factor: float, added: float
 ) -> None:
-    right = op.linear_logprob_chunked
+    right = op.LinearLogprob
 
-    def wrong(*arguments):  # type: ignore[no-untyped-def]
-        logp, entropy, lse = right(*arguments)
-        return TokenLogprobs(logp, entropy * factor + added, lse)
+    class Wrong:
+        @staticmethod
+        def apply(*arguments):  # type: ignore[no-untyped-def]
+            logp, entropy, lse = right.apply(*arguments)
+            return TokenLogprobs(logp, entropy * factor + added, lse)
 
-    monkeypatch.setattr(op, "linear_logprob_chunked", wrong)
+    monkeypatch.setattr(op, "LinearLogprob", Wrong)
     assert verify.main(["verify", "linear_logprob", "--device", "cpu"]) == 1
     out = capsys.readouterr().out
     assert "FAIL" in out and "2 of 4 pass" in out

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from specs_kernels.linear_logprob.autograd import Inputs
+from specs_kernels.linear_logprob.targets import find_targets
 from specs_kernels.results import TokenLogprobs
 from specs_kernels.softmax import accumulation_dtype
 
@@ -19,9 +21,13 @@ def head_scores(
     temperature: float | Tensor,
     softcap: float | None,
     logit_scale: float,
+    lora: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """``softcap(logit_scale * hidden @ weight.T + bias) / temperature``, with softcap(x) = cap * tanh(x / cap)."""
-    z_MV = logit_scale * (hidden_MD @ weight_VD.T)
+    """``softcap(logit_scale * (hidden @ weight.T + (hidden @ A.T) @ B.T) + bias) / temperature``."""
+    z_MV = hidden_MD @ weight_VD.T
+    if lora is not None:
+        z_MV = z_MV + (hidden_MD @ lora[0].T) @ lora[1].T
+    z_MV = logit_scale * z_MV
     if bias_V is not None:
         z_MV = z_MV + bias_V
     if softcap is not None:
@@ -39,31 +45,32 @@ def token_statistics(z_MV: Tensor, target_M: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def linear_logprob_reference(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    temperature: float | Tensor,
+    inputs: Inputs,
+    temperature: float,
     softcap: float | None,
     logit_scale: float,
-    return_entropy: bool,
-    rows: Tensor | None,
-    kept: Tensor | None,
+    ignore_index: int,
+    return_entropy: bool | str,
+    validate: bool,
 ) -> TokenLogprobs:
-    """See :func:`specs_kernels.linear_logprob`. ``kept``: indices of the targets that count, None for all."""
+    """See :func:`specs_kernels.linear_logprob`."""
+    hidden, weight, bias, lora_A, lora_B, target, temperatures, rows = inputs
     dtype = accumulation_dtype(hidden.dtype)
     num_targets = target.shape[0]
-    index = torch.arange(num_targets, device=target.device) if kept is None else kept
-    source = index if rows is None else rows[index]
+    scale = temperature if temperatures is None else temperatures.to(dtype)
+    targets = find_targets(target, rows, scale, ignore_index, hidden.shape[0], weight.shape[0], validate)
     z_MV = head_scores(
-        hidden[source].to(dtype),
+        targets.hidden(hidden).to(dtype),
         weight.to(dtype),
         None if bias is None else bias.to(dtype),
-        temperature[index].to(dtype) if isinstance(temperature, Tensor) else temperature,
+        targets.temperature,
         softcap,
         logit_scale,
+        None if lora_A is None or lora_B is None else (lora_A.to(dtype), lora_B.to(dtype)),
     )
-    logp_M, entropy_M, lse_M = token_statistics(z_MV, target[index].long())
-    zeros = torch.zeros(num_targets, dtype=dtype, device=hidden.device)
-    logp, entropy, lse = (zeros.index_copy(0, index, values) for values in (logp_M, entropy_M, lse_M))
+    logp, entropy, lse = (
+        targets.spread(values_M, num_targets) for values_M in token_statistics(z_MV, targets.target_M.clamp(min=0))
+    )
+    if return_entropy == "detached":
+        entropy = entropy.detach()
     return TokenLogprobs(logp, entropy if return_entropy else None, lse)

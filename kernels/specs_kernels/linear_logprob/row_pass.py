@@ -2,8 +2,8 @@
 
 The loops (``forward.py``, ``backward.py``) form tiles of products ``x = factor * hidden @ weight.T`` with the GEMM library and
 hand each tile to a :class:`RowPass`: one sweep over the tile that updates the softmax statistics of its rows, or turns it into
-the gradient of the products. A backend (plain PyTorch in ``softmax.py``, ``triton.py``, ``native.py``) replaces only these
-sweeps. ``selective_logprob`` calls the same sweeps on logits that exist already.
+the gradient of the products. A backend (plain PyTorch in ``chunked.py``, ``triton.py``, ``native.py``) replaces only these
+sweeps, and the whole forward where it has a fused kernel. ``selective_logprob`` has its own sweeps.
 
 A row with products x_j has the scores::
 
@@ -26,14 +26,17 @@ Letters: M targets, R rows and C columns of one tile, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from specs_kernels.linear_logprob.head import Head, Rows
 
 NO_TARGET = -1
 """In a target vector: the row counts, and its target is in none of the columns (another slice of the vocabulary has it)."""
 SKIP_ROW = -2
-"""In a target vector: the row does not count. It is not read, its state stays as it was, and its dx is 0."""
+"""In a target vector: the row does not count. Its state is undefined afterwards (nobody reads it) and its dx is 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +95,18 @@ class RowGradients:
 
 
 class RowPass(Protocol):
-    """The sweeps of one backend. In every call:
+    """The sweeps of one backend. An instance serves one call of an op and may hold workspace. In every call:
 
-    x_RC: ``[R, C]``, unit stride along C, any stride along R (64-bit). fp32 or fp64; fp16 and bf16 from ``selective_logprob`` only.
+    x_RC: ``[R, C]``, unit stride along C, any stride along R (64-bit); fp32 or fp64, half precision only with offset_R.
     target_R: int64 ``[R]``, column of the target in the whole vocabulary slice, or NO_TARGET, or SKIP_ROW. The target is in
         this tile iff ``first <= target < first + C``.
     first: index of the tile's first column. Tiles of a row come in order, the first with ``first == 0``.
     scratch: whether x may be overwritten; False means x is only read (unless it is also passed as an output).
     """
+
+    def statistics(self, rows: Rows, head: Head, target_M: Tensor, state: RowState) -> bool:
+        """A fused forward: fill ``state`` of all rows without scores in memory, or return False and leave it alone."""
+        ...
 
     def stats(
         self,

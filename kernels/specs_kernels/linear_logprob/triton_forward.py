@@ -20,22 +20,21 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from specs_kernels.softmax import accumulation_dtype
+from specs_kernels.linear_logprob.row_pass import SKIP_ROW, RowState
 from specs_kernels.triton_common import (
-    LN2,
     LOG2E,
     LOWEST,
-    acc_dtype,
+    TL_DTYPES,
     architecture,
-    checked_temperature,
     dot,
     launch,
     merge,
     softcapped,
-    strided_temperature,
+    strided,
     take_in,
 )
 
+_SKIP = tl.constexpr(SKIP_ROW)
 SLICE = 1024
 """Columns per slice. A constant, so that slice boundaries never depend on the batch or the device."""
 MERGE_ROWS = 128
@@ -47,7 +46,8 @@ def fused_forward_kernel(
     weight,
     bias,
     target,
-    temperature,
+    inverse_temperature,
+    factor,
     partial,
     stride_hidden: tl.int64,
     stride_hidden_d: tl.int64,
@@ -59,8 +59,7 @@ def fused_forward_kernel(
     N,
     V,
     D,
-    ignore_index,
-    SCALE: tl.constexpr,
+    FACTOR: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ACC: tl.constexpr,
     BIAS: tl.constexpr,
@@ -94,11 +93,11 @@ def fused_forward_kernel(
     # Rows and columns past the end repeat the last one: every load is in bounds without a mask in the loop.
     row = tl.minimum(rows, N - 1).to(tl.int64)
     label = tl.load(target + row)
-    if tl.max((label != ignore_index).to(tl.int32), 0) == 0:
+    if tl.max((label != _SKIP).to(tl.int32), 0) == 0:
         return
     inverse = tl.full([BLOCK_N], 1.0, ACC)
     if TEMPERATURE:
-        inverse = 1.0 / checked_temperature(tl.load(temperature + row * stride_temperature).to(ACC))
+        inverse = tl.load(inverse_temperature + row * stride_temperature)
     to_log2 = inverse * LOG2E
 
     m = tl.full([BLOCK_N], LOWEST, ACC)
@@ -126,10 +125,10 @@ def fused_forward_kernel(
                     x = tl.load(x_at, mask=(d < D)[None, :], other=0.0)
                     w = tl.load(w_at, mask=(d < D)[None, :], other=0.0)
             acc = dot(x, w.T, acc)
-        if SCALE != 1.0:
-            acc = acc * SCALE
+        if FACTOR:
+            acc = acc * tl.load(factor)
         if BIAS:
-            acc += tl.load(bias + column).to(ACC)[None, :]
+            acc += tl.load(bias + column)[None, :]
         if SOFTCAP is not None:
             acc = softcapped(acc, SOFTCAP)
         found += tl.sum(tl.where(columns[None, :] == label[:, None], acc, 0.0), 1)
@@ -150,69 +149,49 @@ def fused_forward_kernel(
 def merge_slices_kernel(
     partial,
     target,
-    temperature,
-    logp,
-    entropy,
-    lse,
+    inverse_temperature,
     maximum,
-    log_total,
-    mean,
+    total,
+    weighted,
+    found,
     stride_slice: tl.int64,
     stride_part: tl.int64,
     stride_temperature: tl.int64,
     N,
-    V,
     slices,
-    ignore_index,
     ACC: tl.constexpr,
     TEMPERATURE: tl.constexpr,
     ENTROPY: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Outputs and statistics of BLOCK_N rows from their slices, merged in column order."""
+    """The state of BLOCK_N rows from their slices, merged in column order."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    real = rows < N
-    label = tl.load(target + rows, mask=real, other=ignore_index)
-    counts = real & (label != ignore_index)
-    known = (label >= 0) & (label < V)
+    counts = tl.load(target + rows, mask=rows < N, other=_SKIP) != _SKIP
     inverse = tl.full([BLOCK_N], 1.0, ACC)
     if TEMPERATURE:
-        inverse = 1.0 / checked_temperature(tl.load(temperature + rows * stride_temperature, mask=counts, other=1.0))
+        inverse = tl.load(inverse_temperature + rows * stride_temperature, mask=counts, other=1.0)
     to_log2 = inverse * LOG2E
 
     m = tl.full([BLOCK_N], LOWEST, ACC)
     s = tl.zeros([BLOCK_N], ACC)
     t = tl.zeros([BLOCK_N], ACC)
-    found = tl.zeros([BLOCK_N], ACC)
+    y = tl.zeros([BLOCK_N], ACC)
     at = partial + rows
     for _ in range(slices):
         m_slice = tl.load(at, mask=counts, other=LOWEST)
         s_slice = tl.load(at + stride_part, mask=counts, other=0.0)
-        found += tl.load(at + 2 * stride_part, mask=counts, other=0.0)
+        y += tl.load(at + 2 * stride_part, mask=counts, other=0.0)
         t_slice = t
         if ENTROPY:
             t_slice = tl.load(at + 3 * stride_part, mask=counts, other=0.0)
         m, s, t = merge(m, s, t, m_slice, s_slice, t_slice, to_log2, ENTROPY)
         at += stride_slice
 
-    log_s = tl.log2(s) * LN2
-    z = tl.where(known, found, float("nan"))
-    tl.store(logp + rows, tl.where(counts, (z - m) * inverse - log_s, 0.0), mask=real)
-    tl.store(lse + rows, tl.where(counts, m * inverse + log_s, 0.0), mask=real)
-    tl.store(maximum + rows, tl.where(counts, m * inverse, 0.0), mask=real)
-    tl.store(log_total + rows, tl.where(counts, log_s, 0.0), mask=real)
+    tl.store(maximum + rows, tl.maximum(m * inverse, LOWEST), mask=counts)
+    tl.store(total + rows, s, mask=counts)
+    tl.store(found + rows, y * inverse, mask=counts)
     if ENTROPY:
-        t = t / s * inverse
-        tl.store(entropy + rows, tl.where(counts, log_s - t, 0.0), mask=real)
-        tl.store(mean + rows, tl.where(counts, t, 0.0), mask=real)
-
-
-class Statistics(NamedTuple):
-    """Per row: m, log s and t / s in units of the scores (after the temperature), as ``softmax.py`` has them."""
-
-    maximum: Tensor
-    log_total: Tensor
-    mean: Tensor | None
+        tl.store(weighted + rows, t * inverse, mask=counts)
 
 
 class Tile(NamedTuple):
@@ -226,14 +205,16 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile_for(arch: str, dtype: torch.dtype, softcap: bool) -> Tile:
-    """The tile of an architecture and dtype: the largest that the compile gate finds without spills."""
+def tile_for(arch: str, dtype: torch.dtype, softcap: bool, dim: int, descriptor: bool) -> Tile:
+    """The largest tile that the compile gate finds without spills. A depth that pointers must mask takes registers."""
     if arch == "interpreter":
         return Tile(32, 256, 64, 4, 4, 1)
     if dtype == torch.float64:
-        return Tile(32, 32, 16, 8, 4, 2)
+        return Tile(32, 32, 16, 8, 8, 2)
     if dtype == torch.float32:
         return Tile(64, 128, 16, 8, 8, 3)
+    if dim % 64 != 0 and not descriptor:
+        return Tile(64, 128, 64, 8, 8, 2) if arch == "sm80" else Tile(128, 128, 32, 8, 8, 2)
     if arch == "gfx942":
         return Tile(128, 128, 64, 8, 8, 2)
     if arch == "sm80":
@@ -251,37 +232,34 @@ def _describable(tensor: Tensor) -> bool:
     return aligned and tensor.stride(1) == 1 and 0 not in tensor.shape
 
 
-def fused_forward(
+def fused_statistics(
     hidden_ND: Tensor,
     weight_VD: Tensor,
     target_N: Tensor,
     bias_V: Tensor | None,
-    temperature: float | Tensor,
+    inverse_temperature: float | Tensor,
     softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-    return_entropy: bool,
-) -> tuple[Tensor, Tensor | None, Tensor, Statistics]:
-    """(logp, entropy, lse, statistics), all ``[N]``, with ``ceil(V / SLICE) * 4 * N`` numbers of workspace.
+    factor: float,
+    state: RowState,
+) -> None:
+    """Fill ``state`` (all columns, see ``row_pass.py``) with ``ceil(V / SLICE) * 4 * N`` numbers of workspace.
 
-    Operands of any strides; fetched by tensor descriptors where aligned (Hopper and later), by pointers otherwise.
-    A target outside [0, V) or a temperature that is not above 0 gives NaN in its own row.
+    hidden_ND, weight_VD: any strides; fetched by tensor descriptors where aligned (Hopper and later), by pointers otherwise.
+    target_N: int64 in ``[0, V)``, NO_TARGET, or SKIP_ROW; a block of skipped rows is not read. bias_V, inverse_temperature
+    ``[N]`` and the state are in the arithmetic dtype. Products are ``factor * hidden @ weight.T``.
     """
     num_rows, dim = hidden_ND.shape
     vocab_size = weight_VD.shape[0]
-    device, dtype = hidden_ND.device, accumulation_dtype(hidden_ND.dtype)
-    arch = architecture(device)
-    tile = tile_for(arch, hidden_ND.dtype, softcap is not None)
-    slices = triton.cdiv(vocab_size, SLICE)
-    logp, lse, maximum, log_total = (torch.empty(num_rows, dtype=dtype, device=device) for _ in range(4))
-    entropy, mean = (torch.empty_like(logp), torch.empty_like(logp)) if return_entropy else (None, None)
-    statistics = Statistics(maximum, log_total, mean)
     if num_rows == 0:
-        return logp, entropy, lse, statistics
-    temperature_N, stride_temperature = strided_temperature(temperature, dtype, hidden_ND)
-    target_N = target_N.contiguous()
-    partial = torch.empty(slices, 4, num_rows, dtype=dtype, device=device)
+        return
+    device, dtype = hidden_ND.device, state.maximum.dtype
+    arch = architecture(device)
     descriptor = arch in ("sm90", "sm100", "interpreter") and _describable(hidden_ND) and _describable(weight_VD)
+    tile = tile_for(arch, weight_VD.dtype, softcap is not None, dim, descriptor)
+    slices = triton.cdiv(vocab_size, SLICE)
+    inverse, stride_temperature = strided(inverse_temperature, dtype, device)
+    scale, _ = strided(factor, dtype, device)
+    partial = torch.empty(slices, 4, num_rows, dtype=dtype, device=device)
     launch(
         fused_forward_kernel,
         triton.cdiv(num_rows, tile.rows) * slices,
@@ -290,9 +268,10 @@ def fused_forward(
         num_stages=tile.stages,
         hidden=_operand(hidden_ND, tile.rows, tile.depth, descriptor),
         weight=_operand(weight_VD, tile.columns, tile.depth, descriptor),
-        bias=bias_V if bias_V is None else bias_V.contiguous(),
+        bias=bias_V,
         target=target_N,
-        temperature=temperature_N,
+        inverse_temperature=inverse,
+        factor=scale,
         partial=partial,
         stride_hidden=hidden_ND.stride(0),
         stride_hidden_d=hidden_ND.stride(1),
@@ -304,13 +283,12 @@ def fused_forward(
         N=num_rows,
         V=vocab_size,
         D=dim,
-        ignore_index=ignore_index,
-        SCALE=logit_scale,
+        FACTOR=scale is not None,
         SOFTCAP=softcap,
-        ACC=acc_dtype(hidden_ND.dtype),
+        ACC=TL_DTYPES[dtype],
         BIAS=bias_V is not None,
-        TEMPERATURE=temperature_N is not None,
-        ENTROPY=return_entropy,
+        TEMPERATURE=inverse is not None,
+        ENTROPY=state.weighted is not None,
         DESCRIPTOR=descriptor,
         EVEN_D=dim % tile.depth == 0,
         SLICE=SLICE,
@@ -326,23 +304,18 @@ def fused_forward(
         num_warps=4,
         partial=partial,
         target=target_N,
-        temperature=temperature_N,
-        logp=logp,
-        entropy=entropy,
-        lse=lse,
-        maximum=maximum,
-        log_total=log_total,
-        mean=mean,
+        inverse_temperature=inverse,
+        maximum=state.maximum,
+        total=state.total,
+        weighted=state.weighted,
+        found=state.target,
         stride_slice=partial.stride(0),
         stride_part=partial.stride(1),
         stride_temperature=stride_temperature,
         N=num_rows,
-        V=vocab_size,
         slices=slices,
-        ignore_index=ignore_index,
-        ACC=acc_dtype(hidden_ND.dtype),
-        TEMPERATURE=temperature_N is not None,
-        ENTROPY=return_entropy,
+        ACC=TL_DTYPES[dtype],
+        TEMPERATURE=inverse is not None,
+        ENTROPY=state.weighted is not None,
         BLOCK_N=MERGE_ROWS,
     )
-    return logp, entropy, lse, statistics

@@ -28,13 +28,13 @@ from specs_kernels.triton_common import (
     LN2,
     LOG2E,
     LOWEST,
-    acc_dtype,
+    TL_DTYPES,
     checked_temperature,
     launch,
     merge_all,
     per_row,
     rounded,
-    strided_temperature,
+    strided,
     take_in,
 )
 
@@ -200,7 +200,7 @@ def forward(
     """(logp, entropy, lse, statistics for :func:`backward`), all ``[N]``, from logits ``[N, V]`` of any strides."""
     num_targets, vocab_size = logits.shape
     dtype = accumulation_dtype(logits.dtype)
-    temperature_N, stride_temperature = strided_temperature(temperature, dtype, logits)
+    temperature_N, stride_temperature = strided(temperature, dtype, logits.device)
     logp, lse, maximum, log_total = (torch.empty(num_targets, dtype=dtype, device=logits.device) for _ in range(4))
     entropy, mean = (torch.empty_like(logp), torch.empty_like(logp)) if return_entropy else (None, None)
     if num_targets:
@@ -224,7 +224,7 @@ def forward(
             stride_temperature=stride_temperature,
             V=vocab_size,
             ignore_index=ignore_index,
-            ACC=acc_dtype(logits.dtype),
+            ACC=TL_DTYPES[dtype],
             TEMPERATURE=temperature_N is not None,
             ENTROPY=return_entropy,
             SUB=_FORWARD_SUB,
@@ -255,7 +255,7 @@ def backward(
         return grad_logits.zero_()
     if grad_entropy is not None and statistics.mean is None:
         raise ValueError("grad_entropy needs the statistics of a forward with return_entropy=True")
-    temperature_N, stride_temperature = strided_temperature(temperature, dtype, logits)
+    temperature_N, stride_temperature = strided(temperature, dtype, logits.device)
     if num_targets:
         launch(
             selective_backward_kernel,
@@ -279,7 +279,7 @@ def backward(
             stride_temperature=stride_temperature,
             V=vocab_size,
             ignore_index=ignore_index,
-            ACC=acc_dtype(logits.dtype),
+            ACC=TL_DTYPES[dtype],
             TEMPERATURE=temperature_N is not None,
             LOGP=grad_logp is not None,
             ENTROPY=grad_entropy is not None,

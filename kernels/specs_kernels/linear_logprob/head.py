@@ -1,0 +1,202 @@
+"""The map from hidden states to products and scores, its tiles, and the GEMMs around a row pass.
+
+Products are formed in blocks of exactly ``Tiling.row_block`` rows (the last one padded with zeros) by a number of columns that
+depends on the vocabulary only. A GEMM library computes every row of a block of one shape in the same way, so a row's
+products do not depend on the other rows; ``specs-kernels verify`` checks it bit by bit on the machine at hand.
+
+Letters: M targets that count, D hidden size, V vocabulary, K rank of the low-rank addition, R rows and C columns of a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specs_kernels.linear_logprob.row_pass import Transform
+from specs_kernels.softmax import accumulation_dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """row_block: rows of every score GEMM. tile_rows (a multiple of it), tile_columns: what a row pass gets at a time."""
+
+    row_block: int
+    tile_rows: int
+    tile_columns: int
+
+
+CPU_TILE_BYTES = 2 << 20
+"""A tile and its temporary stay in the cache of the core that made them."""
+CPU_TILING = Tiling(64, 512, 1024)
+GPU_TILING = Tiling(1024, 8192, 8192)
+
+
+def tiling(device: torch.device, vocab_size: int, dtype: torch.dtype) -> Tiling:
+    """Tile sizes: row block and columns depend on device type, vocabulary and dtype only, never on the batch."""
+    if device.type != "cpu":
+        return Tiling(GPU_TILING.row_block, GPU_TILING.tile_rows, min(vocab_size, GPU_TILING.tile_columns))
+    columns = min(vocab_size, CPU_TILING.tile_columns * 4 // dtype.itemsize)
+    blocks = CPU_TILE_BYTES // (columns * dtype.itemsize * CPU_TILING.row_block)
+    return Tiling(CPU_TILING.row_block, CPU_TILING.row_block * min(64, max(1, blocks)), columns)
+
+
+def slices(start: int, stop: int, size: int) -> Iterator[slice]:
+    """``[start, stop)`` in pieces of ``size``, the last one shorter."""
+    for first in range(start, stop, size):
+        yield slice(first, min(first + size, stop))
+
+
+def product_(out: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> None:
+    """``out = beta * out + alpha * a @ b``, summed in the dtype of ``out``; with beta 0 the old values are not read."""
+    if out.dtype == a.dtype:
+        torch.addmm(out, a, b, beta=beta, alpha=alpha, out=out)
+    else:
+        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
+
+
+def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What GEMMs take. Only accelerators multiply half precision into fp32; elsewhere operands are upcast tile by tile."""
+    return dtype if device.type == "cuda" else accumulation_dtype(dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Scores are ``softcap(logit_scale * (hidden @ W.T + (hidden @ A.T) @ B.T) + bias) / temperature``.
+
+    weight_VD, lora_A ``[K, D]``, lora_B ``[V, K]``: as given. bias_V and inverse_temperature_M: in the arithmetic dtype, the
+    bias times ``early``. Without a softcap a scalar temperature is part of ``factor`` and ``early``, and the row pass sees 1.
+    """
+
+    weight_VD: Tensor
+    lora_A: Tensor | None
+    lora_B: Tensor | None
+    bias_V: Tensor | None
+    softcap: float | None
+    inverse_temperature: float | Tensor
+    factor: float
+    early: float
+    dtype: torch.dtype
+    operand: torch.dtype
+
+    @staticmethod
+    def make(
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        lora_A: Tensor | None,
+        lora_B: Tensor | None,
+        temperature: float | Tensor,
+        softcap: float | None,
+        logit_scale: float,
+    ) -> Head:
+        """temperature: a number, or ``[M]``."""
+        dtype = accumulation_dtype(weight_VD.dtype)
+        early, late = 1.0, 1.0
+        inverse: float | Tensor = late
+        if isinstance(temperature, Tensor):
+            inverse = temperature.to(dtype).reciprocal()
+        elif softcap is None:
+            early = 1.0 / temperature
+        else:
+            inverse = 1.0 / temperature
+        if bias_V is not None:
+            bias_V = bias_V.to(dtype) if early == 1.0 else bias_V.to(dtype) * early
+        operand = operand_dtype(weight_VD.dtype, weight_VD.device)
+        return Head(weight_VD, lora_A, lora_B, bias_V, softcap, inverse, logit_scale * early, early, dtype, operand)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.weight_VD.shape[0]
+
+    def transform(self, rows: slice, columns: slice) -> Transform:
+        bias_C = None if self.bias_V is None else self.bias_V[columns]
+        inverse = self.inverse_temperature
+        return Transform(
+            bias_C, self.softcap, inverse[rows] if isinstance(inverse, Tensor) else inverse, bias_C is not None
+        )
+
+    def subset(self, index: Tensor) -> Head:
+        """The same head for some of the targets."""
+        if not isinstance(self.inverse_temperature, Tensor):
+            return self
+        inverse = self.inverse_temperature.index_select(0, index)
+        return Head(
+            self.weight_VD,
+            self.lora_A,
+            self.lora_B,
+            self.bias_V,
+            self.softcap,
+            inverse,
+            self.factor,
+            self.early,
+            self.dtype,
+            self.operand,
+        )
+
+    def columns(self, columns: slice) -> Columns:
+        """The columns of one tile as GEMM operands."""
+        weight_CD = self.weight_VD[columns].to(self.operand)
+        return Columns(weight_CD, None if self.lora_B is None else self.lora_B[columns].to(self.operand), self.factor)
+
+    def slope(self, target_score: Tensor) -> Tensor | float:
+        """d z / d x of the target column, ``[M]`` or a number, from its score z."""
+        if self.softcap is None:
+            return self.inverse_temperature
+        tanh = target_score / (self.softcap * self.inverse_temperature)
+        return self.inverse_temperature * (1 - tanh * tanh)
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """``[C, D]`` of the weight and ``[C, K]`` of lora_B, and the factor of the products."""
+
+    weight_CD: Tensor
+    lora_CK: Tensor | None
+    factor: float
+
+
+class Rows:
+    """Hidden states as GEMM operands: ``[M, D]``, and ``hidden @ A.T`` ``[M, K]`` where there is a low-rank addition."""
+
+    def __init__(self, hidden_MD: Tensor, head: Head, row_block: int) -> None:
+        self.count = hidden_MD.shape[0]
+        self.row_block = row_block
+        self.hidden_MD = hidden_MD.to(head.operand)
+        self._tail = self._padded_tail(self.hidden_MD)
+        self.low_MK: Tensor | None = None
+        self._low_tail: Tensor | None = None
+        if head.lora_A is not None:
+            lora_A = head.lora_A.to(head.operand)
+            low_PK = hidden_MD.new_empty(self.padded, lora_A.shape[0], dtype=head.dtype)
+            for rows in slices(0, self.padded, row_block):
+                product_(low_PK[rows], self._block(self.hidden_MD, self._tail, rows), lora_A.T, 0, 1)
+            self.low_MK = low_PK.to(head.operand)[: self.count]
+            self._low_tail = self._padded_tail(self.low_MK)
+
+    @property
+    def padded(self) -> int:
+        """Rows including the padding of the last block."""
+        return -(-self.count // self.row_block) * self.row_block
+
+    def _padded_tail(self, data: Tensor) -> Tensor | None:
+        rest = self.count % self.row_block
+        if rest == 0:
+            return None
+        tail = data.new_zeros(self.row_block, data.shape[1])
+        tail[:rest] = data[self.count - rest :]
+        return tail
+
+    def _block(self, data: Tensor, tail: Tensor | None, rows: slice) -> Tensor:
+        return data[rows] if rows.stop <= self.count or tail is None else tail
+
+    def products_(self, x_PC: Tensor, start: int, columns: Columns) -> None:
+        """Fill ``x_PC`` (a multiple of the row block) with the products of the rows from ``start`` on."""
+        weight_DC = columns.weight_CD.T
+        for rows in slices(0, x_PC.shape[0], self.row_block):
+            block = slice(start + rows.start, start + rows.stop)
+            out = x_PC[rows]
+            product_(out, self._block(self.hidden_MD, self._tail, block), weight_DC, 0, columns.factor)
+            if columns.lora_CK is not None and self.low_MK is not None:
+                product_(out, self._block(self.low_MK, self._low_tail, block), columns.lora_CK.T, 1, columns.factor)
