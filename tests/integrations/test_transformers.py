@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from transformers import MixtralConfig, MixtralForCausalLM, Qwen3Config, Qwen3Fo
 from transformers import T5ForConditionalGeneration as T5
 
 from specs_fast.integrations.transformers import LogprobOutput, logprob_head
-from specs_kernels import linear_logprob
 
 PEFT_MISSING = "peft is not installed; it comes with specs-fast[dev]"
 
@@ -71,6 +69,13 @@ def test_values_and_gradients_equal_those_of_the_models_own_logits(kind: str) ->
         _weigh(got).backward()
     _assert_close(got, expected)
     assert largest_difference(gradients(model), expected_gradients) < 1e-5
+
+
+def test_no_cache_is_kept_unless_asked_for() -> None:
+    model, batch = make_model(), make_batch()
+    logprob_head(model)
+    assert model(**batch).past_key_values is None
+    assert model(**batch, use_cache=True).past_key_values is not None
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -264,8 +269,6 @@ def test_a_head_that_peft_trains_whole_gets_its_gradient(swap_first: bool) -> No
 
 def _with_lora_on_the_head(kind: str, **settings: Any) -> Any:
     peft = pytest.importorskip("peft", reason=PEFT_MISSING)
-    if "lora" not in inspect.signature(linear_logprob).parameters:
-        pytest.skip("linear_logprob has no lora= yet")
     settings = {"r": 4, "lora_alpha": 10, "lora_dropout": 0.0, "init_lora_weights": False, **settings}
     torch.manual_seed(1)
     return peft.get_peft_model(make_model(kind), peft.LoraConfig(target_modules=["q_proj", "lm_head"], **settings))
