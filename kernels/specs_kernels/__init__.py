@@ -2,11 +2,13 @@
 
 ``PackedLayout`` says which token of a packed row may see which. ``linear_logprob``, ``selective_logprob`` and
 ``packed_attention`` are differentiable ops with a reference (the definition) and memory-bounded backends;
-``preference_loss`` and ``policy_loss`` turn packed log-probs into a loss and its metrics.
+``linear_loss`` forms the gradients of a whole loss in the forward; ``preference_loss`` and ``policy_loss`` turn packed
+log-probs into a loss and its metrics.
 """
 
 from specs_kernels.layout import PackedLayout
 from specs_kernels.linear_logprob import linear_logprob
+from specs_kernels.linear_loss import linear_loss
 from specs_kernels.packed_attention import packed_attention
 from specs_kernels.policy_loss import policy_loss
 from specs_kernels.preference_loss import preference_loss
@@ -19,6 +21,7 @@ __all__ = [
     "PackedLayout",
     "TokenLogprobs",
     "linear_logprob",
+    "linear_loss",
     "packed_attention",
     "policy_loss",
     "preference_loss",

@@ -25,6 +25,7 @@ _NATIVE_ATTENTION = "C++ flash kernel with SIMD chosen at run time; cost follows
 
 _BACKENDS: dict[str, dict[str, str]] = {
     "linear_logprob": {"reference": _DEFINITION, "chunked": _CHUNKED, "triton": _TRITON},
+    "linear_loss": {"reference": _DEFINITION, "chunked": _CHUNKED, "triton": _TRITON},
     "selective_logprob": {"reference": _DEFINITION, "chunked": _CHUNKED, "triton": _TRITON},
     "packed_attention": {"reference": _DEFINITION, "chunked": _CHUNKED, "native": _NATIVE_ATTENTION},
     "preference_loss": {"reference": _VECTOR_LOSS},
