@@ -4,10 +4,11 @@ An update is: score the responses with gradients, the policy loss, backward, one
 lab-width Qwen3-VL of random weights:
 
 * padded: transformers' own forward of right-padded rows as trainers call it (token ids, attention mask, the pixels of every row's
-  images), on PyTorch's SDPA.
-* padded_once: `packing: none` of this trainer: the same rows, but each distinct image encoded once, positions kept between calls,
-  no mask where causality makes it needless, and no last tokens. The strongest padded baseline we know.
-* shared: `packing: shared`, the packed forest.
+  images), on PyTorch's SDPA and transformers' own layers.
+* padded_once: `packing: none` of this trainer: the same rows, but each distinct image encoded once (by a frozen tower once for
+  all updates), positions kept between calls, no mask where causality makes it needless, no last tokens, and on the CPU RMSNorm
+  and SwiGLU on our kernels. The strongest padded baseline we know.
+* shared: `packing: shared`, the packed forest, with `packed_attention` on its default backend and the same layers.
 
 All three send the hidden states that predict response tokens, and no others, through the same `linear_logprob`. The arms
 alternate within one run, so that whatever else the machine does meets all of them; ratios are those of medians.
@@ -36,8 +37,10 @@ from specs_fast.data.types import EncodedImage, EncodedPrompt, Scores, Tree
 from specs_fast.lab.model import new_model
 from specs_fast.lab.processor import SPECIAL, VISION_END, VISION_START, build_tokenizer
 from specs_fast.models import score
+from specs_fast.models.layers import fuse_layers
 from specs_fast.models.load import vision_tower
 from specs_kernels import linear_logprob, policy_loss
+from specs_kernels.dispatch import choose
 
 RESULTS = Path(__file__).parent / "results"
 TOKENIZER = build_tokenizer()
@@ -94,7 +97,8 @@ def make_trees(shape: Shape, seed: int = 0) -> list[Tree]:
         image = torch.full((shape.image_tokens,), IMAGE)
         head, tail = 6, length(shape.prompt_tokens) - 6 - 2 - len(image)
         ids = torch.cat((text(head), torch.tensor([VISION_BEGIN]), image, torch.tensor([VISION_STOP]), text(tail)))
-        prompt = EncodedPrompt(str(index), ids, (ids == IMAGE).long(), (EncodedImage(str(index), pixels, shape.grid),))
+        shown = EncodedImage(f"{shape.name} {index}", pixels, shape.grid)
+        prompt = EncodedPrompt(str(index), ids, (ids == IMAGE).long(), (shown,))
         trees.append(Tree(prompt, tuple(text(length(shape.response_tokens)) for _ in range(shape.responses))))
     return trees
 
@@ -141,6 +145,8 @@ class Arm:
     def __init__(self, name: str, model: PreTrainedModel, trees: list[Tree]) -> None:
         self.scorer = SCORERS[name]
         self.model = copy.deepcopy(model)
+        # As the trainer's stages do; the padded arm is transformers as it comes.
+        self.fused_layers = fuse_layers(self.model) if name != "padded" else {}
         self.trees = trees
         device = self.model.device
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -216,6 +222,8 @@ def measure(shape: Shape, *, freeze_vision: bool, device: str, repeats: int) -> 
     return {
         "shape": asdict(shape),
         "vision": "frozen" if freeze_vision else "trained",
+        "backend": choose("packed_attention", device=device).backend,
+        "fused_layers": {name: arm.fused_layers for name, arm in arms.items()},
         "text_tokens": {name: text_tokens(name, trees) for name in arms},
         "milliseconds": {
             name: {

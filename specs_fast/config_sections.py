@@ -31,6 +31,8 @@ class ModelConfig:
     packing: "shared" stores each prompt once with its responses as branches; "none" is the padded forward, for models
         that cannot be packed.
     gradient_checkpointing: recompute activations in the backward (less memory, about a third more compute).
+    fused_layers: run RMSNorm and SwiGLU of a float32 model on the CPU on our kernels while training and sampling; the run
+        says which layers it switched. False: transformers' own.
     """
 
     path: str = ""
@@ -39,6 +41,7 @@ class ModelConfig:
     freeze_vision: bool = True
     packing: Literal["shared", "none"] = "shared"
     gradient_checkpointing: bool = False
+    fused_layers: bool = True
 
     def __post_init__(self) -> None:
         require(_DEVICE.fullmatch(self.device) is not None, "device", self.device, "auto, cpu, cuda or cuda:N")

@@ -122,6 +122,47 @@ int64_t scratch_size(int64_t rows, int64_t head_dim) {
   return rows * (3 * head_dim + 3 * kBlockKeys + 2 + kLanes<F>) + 3 * kPad;
 }
 
+// Takes a block of scores, VECTORS wide, into the running softmax of its rows: scores become exp(score - maximum), out is rescaled.
+template <class F, int VECTORS>
+__attribute__((noinline)) void softmax_block(int64_t M, int64_t D, F* scores, F* maximum, F* total, F* out) {
+  for (int64_t m = 0; m < M; ++m) {
+    F* row = scores + m * kBlockKeys;
+    Vec<F> score[VECTORS];
+    for (int n = 0; n < VECTORS; ++n) score[n] = load(row + n * kLanes<F>);
+    Vec<F> top = score[0];
+    for (int n = 1; n < VECTORS; ++n) top = larger<F>(score[n], top);
+    const F old = maximum[m], block_top = max_lane<F>(top);
+    const F now = block_top > old ? block_top : old;
+    const F subtract = now == -kInfinity<F> ? 0 : now;  // a row that has seen nothing yet
+    Vec<F> sum = load(total + m * kLanes<F>);
+    if (old == -kInfinity<F>) {  // nothing to rescale yet
+      maximum[m] = now;
+    } else if (now != old) {
+      const F shrink = vexp_bounded(splat<F>(old - now))[0];
+      sum = sum * shrink;
+      F* out_row = out + m * D;
+      for (int64_t d = 0; d < D; d += kLanes<F>) store(out_row + d, load(out_row + d) * shrink);
+      maximum[m] = now;
+    }
+    for (int n = 0; n < VECTORS; ++n) {
+      const Vec<F> prob = vexp_bounded(score[n] - subtract);
+      store(row + n * kLanes<F>, prob);
+      sum += prob;
+    }
+    store(total + m * kLanes<F>, sum);
+  }
+}
+
+template <class F, int VECTORS>
+SPECS_INLINE void softmax_rows(int64_t vectors, int64_t M, int64_t D, F* scores, F* maximum, F* total, F* out) {
+  if constexpr (VECTORS > 0) {
+    if (vectors == VECTORS)
+      softmax_block<F, VECTORS>(M, D, scores, maximum, total, out);
+    else
+      softmax_rows<F, VECTORS - 1>(vectors, M, D, scores, maximum, total, out);
+  }
+}
+
 template <class F>
 void forward_tile(const Attention<F>& p, const Tile& tile, int64_t kv_head, const ForwardResult<F>& result, F* scratch) {
   const int64_t M = (tile.end - tile.begin) * p.fold, D = p.head_dim;
@@ -137,31 +178,7 @@ void forward_tile(const Attention<F>& p, const Tile& tile, int64_t kv_head, cons
   for_each_block(p, tile, [&](const KeyBlock& block) __attribute__((always_inline)) {
     const int64_t width = used_width(block);
     block_scores<F>(p, tile, kv_head, block, M, query, scores, nullptr);
-    for (int64_t m = 0; m < M; ++m) {
-      F* row = scores + m * kBlockKeys;
-      Vec<F> top = load(row);
-      for (int64_t j = kLanes<F>; j < width; j += kLanes<F>) top = larger<F>(load(row + j), top);
-      const F old = maximum[m];
-      const F block_top = max_lane<F>(top);
-      const F now = block_top > old ? block_top : old;
-      const F subtract = now == -kInfinity<F> ? 0 : now;  // a row that has seen nothing yet
-      Vec<F> sum = load(total + m * kLanes<F>);
-      if (old == -kInfinity<F>) {  // nothing to rescale yet
-        maximum[m] = now;
-      } else if (now != old) {
-        const F shrink = vexp(splat<F>(old - now))[0];
-        sum = sum * shrink;
-        F* out_row = out + m * D;
-        for (int64_t d = 0; d < D; d += kLanes<F>) store(out_row + d, load(out_row + d) * shrink);
-        maximum[m] = now;
-      }
-      for (int64_t j = 0; j < width; j += kLanes<F>) {
-        const Vec<F> prob = vexp(load(row + j) - subtract);
-        store(row + j, prob);
-        sum += prob;
-      }
-      store(total + m * kLanes<F>, sum);
-    }
+    softmax_rows<F, kBlockKeys / kLanes<F>>(width / kLanes<F>, M, D, scores, maximum, total, out);
     small_gemm<F, false>(M, D, block.count, scores, kBlockKeys, 1, p.value.at(block.first, kv_head), p.value.token_stride, out, D, true);
   });
   for (int64_t m = 0; m < M; ++m) {
@@ -210,7 +227,7 @@ void backward_tile(const Attention<F>& p, const Tile& tile, int64_t kv_head, con
     for (int64_t m = 0; m < M; ++m)
       for (int64_t j = 0; j < width; j += kLanes<F>) {
         const int64_t at = m * kBlockKeys + j;
-        const Vec<F> prob = vexp(load(probs + at) - lse[m]);
+        const Vec<F> prob = vexp_bounded(load(probs + at) - lse[m]);
         store(probs + at, prob);
         Vec<F> ds = prob * (load(dscores + at) - delta[m]);
         if (capped) ds = ds * load(slope + at);

@@ -94,9 +94,9 @@ SPECS_INLINE F sum_lanes(Vec<F> v) {
   return lanes[0];
 }
 
-// exp within 1.5 ulp. exp(-inf) = 0, NaN stays NaN; below -87.3 the result is 0, not a denormal.
+// exp of numbers that are not above 88.3, within 1.5 ulp. exp(-inf) = 0, NaN stays NaN; below -87.3 the result is 0, not a denormal.
 // x = n ln2 + r with |r| <= ln2 / 2; exp(r) by a polynomial of degree 7 (Taylor: its error is below 2^-26), times 2^n.
-SPECS_INLINE Vec<float> vexp(Vec<float> x) {
+SPECS_INLINE Vec<float> vexp_bounded(Vec<float> x) {
   const float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low mantissa bits
   Vec<float> shifted = x * 1.44269504088896341f + kRound;
   Vec<float> n = shifted - kRound;
@@ -112,14 +112,18 @@ SPECS_INLINE Vec<float> vexp(Vec<float> x) {
   typedef Simd<float>::Int Int;
   Vec<float> power = (Vec<float>)(((Int)shifted << 23) + 0x3f800000);
   p = p * power;
-  p = x < -87.3365447f ? Vec<float>{} : p;
-  return x > 88.3762626f ? splat(__builtin_inff()) : p;
+  return x < -87.3365447f ? Vec<float>{} : p;
 }
+
+// The same for every number: +inf above 88.3.
+SPECS_INLINE Vec<float> vexp(Vec<float> x) { return x > 88.3762626f ? splat(__builtin_inff()) : vexp_bounded(x); }
 
 SPECS_INLINE Vec<double> vexp(Vec<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
   return x;
 }
+
+SPECS_INLINE Vec<double> vexp_bounded(Vec<double> x) { return vexp(x); }
 
 // tanh within 2 ulp: an odd polynomial near 0 (Cephes tanhf), 1 - 2 / (exp(2|x|) + 1) elsewhere.
 SPECS_INLINE Vec<float> vtanh(Vec<float> x) {

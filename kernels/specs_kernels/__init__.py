@@ -3,9 +3,10 @@
 ``PackedLayout`` says which token of a packed row may see which. ``linear_logprob``, ``selective_logprob`` and
 ``packed_attention`` are differentiable ops with a reference (the definition) and memory-bounded backends;
 ``linear_loss`` forms the gradients of a whole loss in the forward; ``preference_loss`` and ``policy_loss`` turn packed
-log-probs into a loss and its metrics.
+log-probs into a loss and its metrics; ``rms_norm`` and ``swiglu`` are the memory-bound layers in between, for CPU.
 """
 
+from specs_kernels.layers import rms_norm, swiglu
 from specs_kernels.layout import PackedLayout
 from specs_kernels.linear_logprob import linear_logprob
 from specs_kernels.linear_loss import linear_loss
@@ -25,5 +26,7 @@ __all__ = [
     "packed_attention",
     "policy_loss",
     "preference_loss",
+    "rms_norm",
     "selective_logprob",
+    "swiglu",
 ]

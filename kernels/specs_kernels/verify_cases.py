@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specs_kernels.dispatch import backends
+from specs_kernels.layers import rms_norm, swiglu
 from specs_kernels.layout import PackedLayout
 from specs_kernels.linear_logprob import linear_logprob
 from specs_kernels.linear_loss import linear_loss
@@ -362,11 +363,41 @@ def _policy_loss_cases(generator: torch.Generator, device: torch.device) -> Iter
         yield Case("policy_loss", aggregation, {"logp": logp}, run, plain, (torch.float32,))
 
 
+def _layer_inputs(generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
+    return 2 * torch.randn(shape, generator=generator)
+
+
+def _rms_norm_cases(generator: torch.Generator, device: torch.device) -> Iterator[Case]:
+    for shape in ((400, 128), (3, 70, 33)):
+
+        def run(x: Tensors, backend: str) -> Tensors:
+            return {"out": rms_norm(x["x"], x["weight"], backend=backend)}
+
+        def plain(x: Tensors) -> Tensors:
+            return {"out": F.rms_norm(x["x"], x["weight"].shape, x["weight"], 1e-6)}
+
+        inputs = {"x": _layer_inputs(generator, shape), "weight": _layer_inputs(generator, shape[-1:])}
+        yield Case("rms_norm", f"width {shape[-1]}", inputs, run, plain)
+
+
+def _swiglu_cases(generator: torch.Generator, device: torch.device) -> Iterator[Case]:
+    def run(x: Tensors, backend: str) -> Tensors:
+        return {"out": swiglu(x["gate"], x["up"], backend=backend)}
+
+    def plain(x: Tensors) -> Tensors:
+        return {"out": F.silu(x["gate"]) * x["up"]}
+
+    inputs = {name: _layer_inputs(generator, (200, 99)) for name in ("gate", "up")}
+    yield Case("swiglu", "one", inputs, run, plain)
+
+
 _CASES: dict[str, Callable[[torch.Generator, torch.device], Iterator[Case]]] = {
     "linear_logprob": _linear_logprob_cases,
     "linear_loss": _linear_loss_cases,
     "selective_logprob": _selective_logprob_cases,
     "packed_attention": _packed_attention_cases,
+    "rms_norm": _rms_norm_cases,
+    "swiglu": _swiglu_cases,
     "preference_loss": _preference_loss_cases,
     "policy_loss": _policy_loss_cases,
 }

@@ -16,8 +16,10 @@ from specs_fast.config import ModelConfig, SamplingConfig
 from specs_fast.data.batching import micro_batches
 from specs_fast.data.encode import Encoder
 from specs_fast.data.types import Completion, Prompt, Scores, Tree
+from specs_fast.models.layers import fuse_layers
 from specs_fast.models.load import load_model, load_processor
 from specs_fast.models.score import Packing, score
+from specs_fast.progress import SILENT, Progress
 from specs_fast.rollout.sampler import Sampler
 
 
@@ -31,8 +33,10 @@ class Policy:
     packing: Packing
 
     @classmethod
-    def load(cls, model_dir: str | Path, config: ModelConfig, *, trainable: bool) -> Policy:
-        """Load a model folder; ``trainable=False`` turns every gradient off."""
+    def load(
+        cls, model_dir: str | Path, config: ModelConfig, *, trainable: bool, progress: Progress = SILENT
+    ) -> Policy:
+        """Load a model folder; ``trainable=False`` turns every gradient off. Says which layers run on our kernels."""
         model = load_model(
             model_dir,
             dtype=config.dtype,
@@ -42,6 +46,9 @@ class Policy:
         )
         if not trainable:
             model.requires_grad_(False)
+        if config.fused_layers and (switched := fuse_layers(model)):
+            layers = ", ".join(f"{count} {name}" for name, count in switched.items())
+            progress.say(f"{Path(model_dir).name}: {layers} run on specs_kernels")
         processor = load_processor(model_dir)
         return cls(model, processor, Encoder(processor, configured_eos(model)), config.packing)
 

@@ -47,7 +47,7 @@ def run_dpo(
     """
     base = fingerprint(model_dir)
     check_origin(pairs, base)
-    policy = Policy.load(model_dir, model_config, trainable=True)
+    policy = Policy.load(model_dir, model_config, trainable=True, progress=progress)
     trees = LazyTrees(lambda index: pair_tree(policy, pairs[index]), len(pairs))
     started = time.perf_counter()
     reference, cached = reference_logps(policy, trees, base, config, cache_dir, progress, stage)

@@ -62,7 +62,7 @@ def run_grpo(
 
     Deterministic in ``seed`` on one device. Returns a summary: steps, time, first and last mean reward.
     """
-    policy = Policy.load(model_dir, model_config, trainable=True)
+    policy = Policy.load(model_dir, model_config, trainable=True, progress=progress)
     reference = Policy.load(model_dir, model_config, trainable=False) if config.beta > 0 else None
     optimizer = Optimizer(policy.model, config.optim, config.steps * config.minibatches)
     order = epochs(len(prompts), config.prompts_per_step, stage_seed(seed, stage))

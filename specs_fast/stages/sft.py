@@ -37,7 +37,7 @@ def run_sft(
 
     ValueError naming the row for an empty response. Returns a summary of rows, optimizer steps and seconds.
     """
-    policy = Policy.load(model_dir, model_config, trainable=True)
+    policy = Policy.load(model_dir, model_config, trainable=True, progress=progress)
     for prompt, response in rows:
         if not response.strip():
             raise ValueError(f"{prompt.source}: the response is empty; drop the row")

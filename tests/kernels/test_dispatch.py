@@ -24,6 +24,8 @@ def test_auto_prefers_native_then_chunked_and_describe_lists_every_op() -> None:
         "linear_loss": "chunked",
         "selective_logprob": "chunked",
         "packed_attention": "native" if BUILT else "chunked",
+        "rms_norm": "native" if BUILT else "reference",
+        "swiglu": "native" if BUILT else "reference",
         "preference_loss": "reference",
         "policy_loss": "reference",
     }

@@ -1,0 +1,2 @@
+#define SPECS_ISA avx512
+#include "layers_kernel.h"

@@ -1,0 +1,2 @@
+#define SPECS_ISA portable
+#include "layers_kernel.h"
