@@ -1,4 +1,4 @@
-"""The row pass of each backend by name."""
+"""The row pass of each backend by name; imported when first asked for."""
 
 from __future__ import annotations
 
@@ -10,4 +10,8 @@ def row_pass(backend: str) -> RowPass:
     """A fresh row pass; one per call of an op, as it may hold workspace."""
     if backend == "chunked":
         return TorchRowPass()
+    if backend == "triton":
+        from specs_kernels.linear_logprob.triton import TritonRowPass
+
+        return TritonRowPass()
     raise ValueError(f"backend {backend!r} has no row pass")

@@ -31,7 +31,7 @@ def selective_logprob(
     temperature: a number above 0, or a floating tensor ``[N]``, one per target; it gets no gradient.
     ignore_index: rows whose target has this value are not read (they may hold inf or NaN), give 0 in all outputs and
         get a zero gradient.
-    backend: "auto", "chunked" or "reference".
+    backend: "auto", "chunked", "triton" or "reference".
 
     Returns ``(logp, entropy, lse)``, fp32 ``[N]`` (fp64 for fp64 inputs), entropy None unless asked for. All three pass
     gradients to logits, rounded once to their dtype. Differentiable once: under
@@ -51,7 +51,11 @@ def selective_logprob(
     checks.check_same_device(logits=logits, target=target, temperature=tensor_temperature)
     kept = checks.kept_targets(target, ignore_index, vocab_size)
     checks.check_temperature(temperature, num_targets, kept)
-    reference = choose("selective_logprob", backend).backend == "reference"
-    run = selective_logprob_reference if reference else selective_logprob_chunked
+    chosen = choose("selective_logprob", backend, logits.device).backend
+    run = selective_logprob_reference if chosen == "reference" else selective_logprob_chunked
     with torch.autocast(logits.device.type, enabled=False):
+        if chosen == "triton":
+            from specs_kernels.selective_logprob.triton import selective_logprob_triton
+
+            return selective_logprob_triton(logits, target, temperature, ignore_index, return_entropy)
         return run(logits, target, temperature, return_entropy, kept)
