@@ -9,14 +9,15 @@ Tasks, the same for every arm of a section:
 * half dead: log-probs weighted per token, half of the weights 0; gradients of hidden and weight. Needs 4NDV.
 
 Bare parts are the GEMMs alone, ``torch.mm(out=)`` into memory that is there: "scores" hidden @ weight.T, "d hidden" and
-"d weight". An arm's time is held against as many of each as its arithmetic has.
+"d weight", where tokens are dead also those of half of the rows. An arm's time is held against as many of each as its
+arithmetic has.
 
 Logits have standard deviation 2, and the target's is raised by up to 16, so that its probability runs from about 1e-6 to 0.9.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from bench.section import Arm, Case, Goal, Section
 from specs_kernels import linear_logprob, linear_loss
-from specs_kernels.dispatch import backends, unavailable
+from specs_kernels.dispatch import backends, choose, unavailable
 
 WHAT = "log-probs from hidden states; tasks and bare parts are described in bench/linear_logprob.py"
 FORWARD, TRAIN, FROZEN, DEAD = "forward", "train", "frozen", "half dead"
@@ -36,6 +37,8 @@ ENTROPY_WEIGHT = 0.01
 FLOP = {FORWARD: 2, TRAIN: 6, FROZEN: 4, DEAD: 4}
 SCORES, D_HIDDEN, D_WEIGHT = "scores", "d hidden", "d weight"
 THREE, FOUR = (SCORES, D_HIDDEN, D_WEIGHT), (SCORES, SCORES, D_HIDDEN, D_WEIGHT)
+HALF = "half of "
+LIVE = (SCORES, HALF + SCORES, HALF + D_HIDDEN, HALF + D_WEIGHT)
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 QWEN, LAB = (512, 896, 151_936), (16_384, 192, 512)
@@ -184,7 +187,8 @@ def build(shape: tuple[int, int, int], dtype: torch.dtype, task: str, sweep: boo
     torch._dynamo.reset()
     problem = Problem.make(shape, dtype, task, device)
     num_tokens, dim, vocab = shape
-    arms = [*eager_and_compiled(problem), *ours(problem), *peers(problem)]
+    names = [choose("linear_logprob", device=device).backend] if sweep else backends("linear_logprob", device)
+    arms = [*eager_and_compiled(problem), *ours(problem, names), *peers(problem)]
     if sweep:
         arms = [arm for arm in arms if arm.run is not None]
     size = dtype.itemsize
@@ -198,18 +202,21 @@ def bare_gemms(problem: Problem) -> dict[str, Callable[[], Any]]:
     """The GEMMs of the task alone, into memory that exists."""
     hidden, weight = problem.hidden.detach(), problem.weight.detach()
     scores = hidden.new_zeros(hidden.shape[0], weight.shape[0])
-    parts: dict[str, Callable[[], Any]] = {SCORES: partial(torch.mm, hidden, weight.T, out=scores)}
-    if "d hidden" in problem.grads:
-        parts[D_HIDDEN] = partial(torch.mm, scores, weight, out=torch.empty_like(hidden))
-    if "d weight" in problem.grads:
-        parts[D_WEIGHT] = partial(torch.mm, scores.T, hidden, out=torch.empty_like(weight))
+    parts: dict[str, Callable[[], Any]] = {}
+    for prefix, rows in (("", len(hidden)), (HALF, len(hidden) // 2)) if problem.kind == DEAD else (("", len(hidden)),):
+        x, g = hidden[:rows], scores[:rows]
+        parts[prefix + SCORES] = partial(torch.mm, x, weight.T, out=g)
+        if "d hidden" in problem.grads:
+            parts[prefix + D_HIDDEN] = partial(torch.mm, g, weight, out=torch.empty_like(x))
+        if "d weight" in problem.grads:
+            parts[prefix + D_WEIGHT] = partial(torch.mm, g.T, x, out=torch.empty_like(weight))
     return parts
 
 
-def ours(problem: Problem) -> list[Arm]:
-    """Every mode that serves the task, with every backend that runs here."""
+def ours(problem: Problem, names: Sequence[str]) -> list[Arm]:
+    """Every mode that serves the task, with these backends; the dense reference is left out."""
     arms = []
-    for backend in backends("linear_logprob", problem.hidden.device):
+    for backend in names:
         if backend == "reference":
             continue
         for name, options, bare in modes(problem):
@@ -233,7 +240,7 @@ def modes(problem: Problem) -> list[tuple[str, dict[str, Any], tuple[str, ...]]]
     if problem.kind == FROZEN:
         return [("frozen", {"mode": "frozen"}, (SCORES, D_HIDDEN))]
     if problem.kind == DEAD:
-        return [recompute, ("compact", {"mode": "recompute", "compact": True}, FOUR)]
+        return [recompute, ("compact", {"mode": "recompute", "compact": True}, LIVE)]
     scores_bytes = problem.hidden.shape[0] * problem.weight.shape[0] * problem.hidden.element_size()
     return [recompute, ("full cache", {"logit_cache_bytes": scores_bytes}, THREE)]
 

@@ -15,15 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.linear_logprob import D_HIDDEN, FORWARD, FOUR, FROZEN, SCORES, THREE, TRAIN, Problem
-from bench.section import MISSING, Arm, importable, version
+from bench.section import MISSING, Arm, importable, library
 
 PerToken = Callable[[Problem], tuple[Tensor, Tensor | None]]
 Loss = Callable[[Problem], Tensor]
 NEEDS_GPU = "Triton kernels: needs a GPU"
-
-
-def library(distribution: str) -> str:
-    return f"{distribution} {version(distribution) or MISSING}"
 
 
 def bare_parts(problem: Problem, scored_twice: bool) -> tuple[str, ...]:
@@ -173,7 +169,7 @@ def trl(problem: Problem) -> list[Arm]:
 
 
 def cce(problem: Problem) -> list[Arm]:
-    """Apple's Cut Cross-Entropy: its kernels with and without gradient filtering on a GPU, its ``torch.compile`` path elsewhere."""
+    """Apple's Cut Cross-Entropy: on a GPU with and without its gradient filter, elsewhere its ``torch.compile`` path."""
     lib = library("cut-cross-entropy")
     if not cross_entropy_only(problem):
         return []

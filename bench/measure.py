@@ -7,7 +7,6 @@ machine does (clocks, other processes) meets all of them.
 from __future__ import annotations
 
 import ctypes
-import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -88,7 +87,6 @@ def peak_extra_bytes(function: Callable[[], Any], device: torch.device) -> int |
     heap is given back first), so scratch of C++ code and of BLAS counts too. The call should have been made once before.
     None where the system does not tell.
     """
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)

@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     for name in ("repeats", "seconds"):
         if getattr(options, name) is not None and getattr(options, name) <= 0:
             raise ValueError(f"--{name} is {getattr(options, name)}; it must be above 0")
-    op = importlib.import_module(f"bench.{options.op}")
+    op = load(options.op)
     cases: list[Case] = chosen(op.cases(device, tiny=options.tiny), options.shapes)
     goals: list[Goal] = [] if options.tiny else op.goals(device)
     if options.list:
@@ -73,10 +73,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if options.tiny:
         result["tiny"] = True
     for case in cases:
-        section = measure(case, device, options.repeats, options.seconds, options.arms)
+        section = measure(case, device, options.repeats, options.seconds, options.arms, options.tiny)
         result["sections"] = merged(result["sections"], section)
         result["goals"] = judged(goals, result["sections"])
-        print(section_table(section), flush=True)
+        print(section_table(section), end="\n\n", flush=True)
         if not options.no_write:
             write_json(path, result)
     for goal in result["goals"]:
@@ -87,11 +87,22 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def load(op: str) -> Any:
+    """The op's file."""
+    return importlib.import_module(f"bench.{op}")
+
+
 def measure(
-    case: Case, device: torch.device, rounds: int | None, seconds: float | None, only: Sequence[str] | None = None
+    case: Case,
+    device: torch.device,
+    rounds: int | None,
+    seconds: float | None,
+    only: Sequence[str] | None = None,
+    tiny: bool = False,
 ) -> dict[str, Any]:
-    """One section: errors, memory, times."""
+    """One section: errors, memory, times. tiny: a copy too small to say anything about memory."""
     section = case.build(device)
+    gc.collect()
     arms = [arm for arm in section.arms if not only or any(text in arm.name for text in only)]
     exact = section.exact() if section.exact is not None else {}
     rows: dict[str, dict[str, Any]] = {}
@@ -103,7 +114,9 @@ def measure(
             row["not_run"] = arm.why_not
             continue
         try:
-            row["error"] = errors(arm.run(), exact)
+            outputs = arm.run()
+            row["error"] = errors(outputs if arm.check is None else arm.check(outputs), exact)
+            del outputs
             row["extra_mib"] = extra_mib(arm.run, device)
         except Exception as error:  # a peer's failure is a result
             row["not_run"] = f"raised {type(error).__name__}: {first_line(error)}"
@@ -113,7 +126,7 @@ def measure(
         runnable[arm.name] = arm
     del exact
     gc.collect()
-    copy, copied = copier(device, None if section.flop > 1e9 or device.type == "cuda" else 1 << 22)
+    copy, copied = copier(device, 1 << 20 if tiny else None)
     functions: dict[str, Callable[[], Any]] = {f"bare {name}": part for name, part in section.bare.items()}
     functions[COPY] = copy
     for function in functions.values():

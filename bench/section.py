@@ -22,6 +22,7 @@ class Arm:
     run: does it once and returns outputs by name, gradients as "d <input>"; None where it cannot run here. why_not: the reason.
     bare: names of the section's bare parts that its arithmetic consists of, one per time it is done (a score GEMM that is
     done again stands twice). note: what a reader of the table should know.
+    check: turns what ``run`` returns into what the exact answer is compared with, untimed.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Arm:
     why_not: str = ""
     bare: tuple[str, ...] = ()
     note: str = ""
+    check: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
 
     @staticmethod
     def absent(name: str, library: str, why_not: str) -> Arm:
@@ -84,6 +86,11 @@ def version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def library(distribution: str) -> str:
+    """Name and version, for a result's row."""
+    return f"{distribution} {version(distribution) or MISSING}"
 
 
 def importable(module: str) -> bool:

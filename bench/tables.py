@@ -28,10 +28,7 @@ def section_table(section: dict[str, Any]) -> str:
     header += ["TFLOP/s"] * with_flop + ["of the bare parts"] * with_bare + ["of copy"] * bool(section["useful_bytes"])
     header += ["extra MiB", *(f"error {name}" for name in names)]
     lines = []
-    for row in rows:
-        if "not_run" in row:
-            lines.append([row["arm"], "not run: " + row["not_run"].replace("|", "/"), *[""] * (len(header) - 2)])
-            continue
+    for row in measured:
         times = row["milliseconds"]
         cells = [row["arm"], number(times["median"]), f"{number(times['p20'])}–{number(times['p80'])}"]
         if with_flop:
@@ -43,8 +40,10 @@ def section_table(section: dict[str, Any]) -> str:
         cells.append("" if row["extra_mib"] is None else f"{row['extra_mib']:,.0f}")
         cells += [f"{row['error'][name]:.1e}" if name in row["error"] else "" for name in names]
         lines.append(cells)
-    notes = [f"{row['arm']}: {row['note']}" for row in measured if "note" in row]
-    return "\n".join([f"**{section['name']}**", "", beside(section), "", *markdown(header, lines), "", *notes])
+    notes = [f"{row['arm']}: {row['note']}." for row in measured if "note" in row]
+    notes += [f"{row['arm']}: not run, {row['not_run']}." for row in rows if "not_run" in row]
+    notes = [f"- {note}" for note in notes]
+    return "\n".join([f"**{section['name']}**", "", beside(section), "", *markdown(header, lines), "", *notes]).rstrip()
 
 
 def beside(section: dict[str, Any]) -> str:
@@ -78,14 +77,13 @@ def goals_table(goals: list[dict[str, Any]]) -> str:
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in [header, *rows] if not _spans(row)) for i in range(len(header))]
-    line = lambda row: "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"  # noqa: E731
-    return [line(header), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *(line(row) for row in rows)]
+    """A table whose columns line up as text too."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
+    def line(row: list[str]) -> str:
+        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
 
-def _spans(row: list[str]) -> bool:
-    """A row that says why it holds no numbers does not widen the columns."""
-    return len(row) > 1 and row[1].startswith("not run")
+    return [line(header), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, rows)]
 
 
 def number(value: float) -> str:

@@ -197,14 +197,21 @@ def source_package(name: str, root: Path) -> Any:
             f"specs-fast {name} needs a source checkout, with its {name}/ folder and the results in it; there is none at "
             f"{root}. Clone the repository, install it with `pip install -e .`, and call specs-fast {name} again"
         )
+    loaded = sys.modules.get(name)
+    if loaded is None or getattr(loaded, "__file__", None) != str(folder / "__init__.py"):
+        load_package(name, folder)
+    importlib.import_module(f"{name}.run")
+    return sys.modules[name]
+
+
+def load_package(name: str, folder: Path) -> None:
+    """Import ``folder`` as the package ``name``, wherever Python looks for packages."""
     spec = importlib.util.spec_from_file_location(
         name, folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
     assert spec is not None and spec.loader is not None
     package = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(package)
-    importlib.import_module(f"{name}.run")
-    return package
 
 
 def show(run_dir: Path) -> None:
