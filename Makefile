@@ -34,6 +34,7 @@ test: lint
 	$(BIN)/python -m pytest
 
 bench: $(STAMP)
+	for op in linear_logprob selective_logprob packed_attention; do $(BIN)/specs-fast bench $$op || exit 1; done
 	PYTHONPATH=. $(BIN)/python -m bench.update
 
 clean:

@@ -108,43 +108,41 @@ def liger(problem: Problem) -> list[Arm]:
     names = ["Liger fused linear CE", "Liger scaled CE", "Liger chunked log-probs"]
     if not importable("liger_kernel"):
         return [Arm.absent(name, lib, MISSING) for name in names]
-    arms = []
-    if cross_entropy_only(problem):
-        arms.append(liger_fused(problem, names[0], lib))
-    try:
-        from liger_kernel.ops.fused_linear_scaled_cross_entropy import (
-            LigerFusedLinearScaledCrossEntropyFunction as scaled,
+
+    def scaled(p: Problem) -> tuple[Tensor, Tensor | None]:
+        from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
+
+        result = LigerFusedLinearScaledCrossEntropyFunction.apply(
+            p.hidden, p.weight, p.target, return_entropy=p.entropy
         )
-    except ImportError as error:
-        arms.append(Arm.absent(names[1], lib, f"not in this version: {error}"))
-    else:
+        nll, entropy = result if p.entropy else (result, None)
+        return -nll, entropy
 
-        def scaled_call(p: Problem) -> tuple[Tensor, Tensor | None]:
-            result = scaled.apply(p.hidden, p.weight, p.target, return_entropy=p.entropy)
-            nll, entropy = result if p.entropy else (result, None)
-            return -nll, entropy
+    def chunked(p: Problem) -> tuple[Tensor, Tensor | None]:
+        from liger_kernel.chunked_loss.fused_linear_ppo import _ChunkedSelectiveLogProbFunction
 
-        sm90 = problem.hidden.is_cuda and torch.cuda.get_device_capability(problem.hidden.device) == (9, 0)
-        note = "its sm_90 kernel" if sm90 else "its PyTorch path, 512 tokens at a time"
-        bare = bare_parts(problem, scored_twice=True)
-        arms.append(Arm(names[1], lib, partial(per_token, problem, scaled_call), bare=bare, note=note))
-    if problem.entropy:
-        return arms
-    try:
-        from liger_kernel.chunked_loss.fused_linear_ppo import _ChunkedSelectiveLogProbFunction as chunked
-    except ImportError as error:
-        return [*arms, Arm.absent(names[2], lib, f"not in this version: {error}")]
-    run = partial(per_token, problem, lambda p: (chunked.apply(p.hidden, p.weight, p.target, None, 1.0, 4096), None))
-    return [*arms, Arm(names[2], lib, run, bare=bare_parts(problem, scored_twice=True))]
+        return _ChunkedSelectiveLogProbFunction.apply(p.hidden, p.weight, p.target, None, 1.0, 4096), None
+
+    bare = bare_parts(problem, scored_twice=True)
+    sm90 = problem.hidden.is_cuda and torch.cuda.get_device_capability(problem.hidden.device) == (9, 0)
+    note = "its sm_90 kernel" if sm90 else "its PyTorch path, 512 tokens at a time"
+    arms = [liger_fused(problem, names[0], lib)] if cross_entropy_only(problem) else []
+    arms.append(Arm(names[1], lib, partial(per_token, problem, scaled), bare=bare, note=note))
+    if not problem.entropy:
+        arms.append(Arm(names[2], lib, partial(per_token, problem, chunked), bare=bare))
+    return arms
 
 
 def liger_fused(problem: Problem, name: str, lib: str) -> Arm:
     if not problem.hidden.is_cuda:
         return Arm.absent(name, lib, NEEDS_GPU)
-    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as fused
 
     def call(p: Problem, reduction: str) -> Tensor:
-        result = fused.apply(p.hidden, p.weight, p.target, None, None, -100, 0.0, 0.0, reduction)
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+        result = LigerFusedLinearCrossEntropyFunction.apply(
+            p.hidden, p.weight, p.target, None, None, -100, 0.0, 0.0, reduction
+        )
         return result[0] if isinstance(result, tuple) else result
 
     return Arm(name, lib, cross_entropy_run(problem, call), bare=bare_parts(problem, scored_twice=False))
@@ -155,14 +153,14 @@ def trl(problem: Problem) -> list[Arm]:
     name, lib = "TRL chunked log-probs", library("trl")
     if not importable("trl"):
         return [Arm.absent(name, lib, MISSING)]
-    try:
-        from trl.kernels import ChunkedLogProbFunction as function
-    except ImportError as error:
-        return [Arm.absent(name, lib, f"needs TRL 1.16: {error}")]
     outputs = ("entropy",) if problem.entropy else ()
 
     def call(p: Problem) -> tuple[Tensor, Tensor | None]:
-        logp, entropy, *_ = function.apply(p.hidden, p.weight, None, p.target, 1.0, 32768, None, 1.0, outputs)
+        from trl.kernels import ChunkedLogProbFunction  # TRL 1.16
+
+        logp, entropy, *_ = ChunkedLogProbFunction.apply(
+            p.hidden, p.weight, None, p.target, 1.0, 32768, None, 1.0, outputs
+        )
         return logp, entropy
 
     return [Arm(name, lib, partial(per_token, problem, call), bare=bare_parts(problem, scored_twice=True))]
@@ -175,10 +173,11 @@ def cce(problem: Problem) -> list[Arm]:
         return []
     if not importable("cut_cross_entropy"):
         return [Arm.absent("CCE", lib, MISSING)]
-    from cut_cross_entropy import linear_cross_entropy
 
     def arm(name: str, note: str, twice: bool, **options: Any) -> Arm:
         def call(p: Problem, reduction: str) -> Tensor:
+            from cut_cross_entropy import linear_cross_entropy
+
             return linear_cross_entropy(p.hidden, p.weight, p.target, reduction=reduction, **options)
 
         return Arm(name, lib, cross_entropy_run(problem, call), bare=bare_parts(problem, twice), note=note)
@@ -205,7 +204,10 @@ def quack(problem: Problem) -> list[Arm]:
         return [Arm.absent(name, lib, MISSING)]
     if not problem.hidden.is_cuda:
         return [Arm.absent(name, lib, "CuTe kernels: needs a GPU of sm_90 or newer")]
-    from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
-    call = partial(by_loss, problem, lambda p: chunked_linear_cross_entropy(p.hidden, p.weight, p.target))
-    return [Arm(name, lib, call, bare=bare_parts(problem, scored_twice=False))]
+    def call(p: Problem) -> Tensor:
+        from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+        return chunked_linear_cross_entropy(p.hidden, p.weight, p.target)
+
+    return [Arm(name, lib, partial(by_loss, problem, call), bare=bare_parts(problem, scored_twice=False))]

@@ -204,7 +204,8 @@ def padded(problem: Problem) -> list[Arm]:
 
     def attend() -> tuple[Tensor, ...]:
         with torch.set_grad_enabled(problem.training):
-            out = F.scaled_dot_product_attention(*laid, is_causal=True, enable_gqa=True)
+            query, key, value = laid
+            out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
             return (out.detach(), *torch.autograd.grad(out, laid, upstream)) if problem.training else (out,)
 
     note = "inputs laid out in padded rows beforehand"

@@ -155,15 +155,15 @@ def trl(problem: Problem) -> list[Arm]:
     name, lib = "TRL selective log-softmax", library("trl")
     if not importable("trl"):
         return [Arm.absent(name, lib, MISSING)]
-    from trl.trainer.utils import selective_log_softmax
 
-    if problem.entropy:
-        try:
-            from trl.trainer.utils import selective_log_softmax_and_entropy
-        except ImportError:
-            return [Arm.absent(name, lib, "has log-probs and entropy in one function from TRL 1.16 on")]
-        return [Arm(name, lib, partial(problem.run, lambda p: selective_log_softmax_and_entropy(p.logits, p.target)))]
-    return [Arm(name, lib, partial(problem.run, lambda p: (selective_log_softmax(p.logits, p.target), None)))]
+    def call(p: Problem) -> Scores:
+        from trl.trainer import utils
+
+        if p.entropy:  # TRL 1.16
+            return utils.selective_log_softmax_and_entropy(p.logits, p.target)
+        return utils.selective_log_softmax(p.logits, p.target), None
+
+    return [Arm(name, lib, partial(problem.run, call))]
 
 
 def liger(problem: Problem) -> list[Arm]:
@@ -175,9 +175,10 @@ def liger(problem: Problem) -> list[Arm]:
         return [Arm.absent(name, lib, MISSING)]
     if not problem.logits.is_cuda:
         return [Arm.absent(name, lib, "Triton kernels: needs a GPU")]
-    from liger_kernel.transformers.functional import liger_cross_entropy
 
     def call(p: Problem) -> Scores:
+        from liger_kernel.transformers.functional import liger_cross_entropy
+
         logits = p.logits.clone() if p.training else p.logits
         if p.training:
             return -liger_cross_entropy(logits, p.target, reduction="mean")[None], None
@@ -195,11 +196,13 @@ def quack(problem: Problem) -> list[Arm]:
         return [Arm.absent(name, lib, MISSING)]
     if not problem.logits.is_cuda:
         return [Arm.absent(name, lib, "CuTe kernels: needs a GPU of sm_90 or newer")]
-    from quack.cross_entropy import cross_entropy
 
-    return [
-        Arm(name, lib, partial(problem.run, lambda p: (-cross_entropy(p.logits, p.target, reduction="none"), None)))
-    ]
+    def call(p: Problem) -> Scores:
+        from quack.cross_entropy import cross_entropy
+
+        return -cross_entropy(p.logits, p.target, reduction="none"), None
+
+    return [Arm(name, lib, partial(problem.run, call))]
 
 
 def goals(device: torch.device) -> list[Goal]:
