@@ -50,7 +50,7 @@ def unavailable(backend: str, device: torch.device | str = "cpu") -> str | None:
     """Why this backend cannot run on this device; None when it can."""
     if backend == "native":
         kind = torch.device(device).type
-        if kind not in ("cpu", "meta"):
+        if kind != "cpu":
             return f"the native backend runs on CPU tensors, not on {kind}"
         return native.missing()
     return None
