@@ -9,6 +9,7 @@ from specs_kernels import checks
 from specs_kernels.dispatch import choose
 from specs_kernels.results import TokenLogprobs
 from specs_kernels.selective_logprob.chunked import selective_logprob_chunked
+from specs_kernels.selective_logprob.native import selective_logprob_native
 from specs_kernels.selective_logprob.reference import selective_logprob_reference
 
 
@@ -31,7 +32,7 @@ def selective_logprob(
     temperature: a number above 0, or a floating tensor ``[N]``, one per target; it gets no gradient.
     ignore_index: rows whose target has this value are not read (they may hold inf or NaN), give 0 in all outputs and
         get a zero gradient.
-    backend: "auto", "chunked" or "reference".
+    backend: "auto", "native" (C++, CPU), "chunked" or "reference".
 
     Returns ``(logp, entropy, lse)``, fp32 ``[N]`` (fp64 for fp64 inputs), entropy None unless asked for. All three pass
     gradients to logits, rounded once to their dtype. Differentiable once: under
@@ -51,7 +52,9 @@ def selective_logprob(
     checks.check_same_device(logits=logits, target=target, temperature=tensor_temperature)
     kept = checks.kept_targets(target, ignore_index, vocab_size)
     checks.check_temperature(temperature, num_targets, kept)
-    reference = choose("selective_logprob", backend).backend == "reference"
-    run = selective_logprob_reference if reference else selective_logprob_chunked
+    chosen = choose("selective_logprob", backend, logits.device).backend
+    run = selective_logprob_reference if chosen == "reference" else selective_logprob_chunked
     with torch.autocast(logits.device.type, enabled=False):
+        if chosen == "native":
+            return selective_logprob_native(logits, target, temperature, ignore_index, return_entropy)
         return run(logits, target, temperature, return_entropy, kept)
