@@ -6,7 +6,12 @@ caller runs or raises.
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import sys
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 
@@ -17,13 +22,14 @@ _CHUNKED = "plain PyTorch with bounded memory; runs on every device"
 _VECTOR_LOSS = "the loss works on [N] vectors, so its definition is already cheap"
 _NATIVE_ROWS = "C++ row passes between the GEMM library's tiles, SIMD chosen at run time"
 _NATIVE_LOGITS = "C++, one read forward, one read and one write backward, SIMD chosen at run time"
+_TRITON = "Triton kernels for NVIDIA and AMD GPUs; under TRITON_INTERPRET=1 they also run, interpreted, on CPU tensors"
 _NATIVE_ATTENTION = "C++ flash kernel with SIMD chosen at run time; cost follows the visible pairs"
 _LAYER = "the definition in plain PyTorch; runs on every device"
 _NATIVE_LAYER = "C++, one pass over memory each way, SIMD chosen at run time"
 
 _BACKENDS: dict[str, dict[str, str]] = {
-    "linear_logprob": {"reference": _DEFINITION, "chunked": _CHUNKED, "native": _NATIVE_ROWS},
-    "selective_logprob": {"reference": _DEFINITION, "chunked": _CHUNKED, "native": _NATIVE_LOGITS},
+    "linear_logprob": {"reference": _DEFINITION, "chunked": _CHUNKED, "native": _NATIVE_ROWS, "triton": _TRITON},
+    "selective_logprob": {"reference": _DEFINITION, "chunked": _CHUNKED, "native": _NATIVE_LOGITS, "triton": _TRITON},
     "packed_attention": {"reference": _DEFINITION, "chunked": _CHUNKED, "native": _NATIVE_ATTENTION},
     "rms_norm": {"reference": _LAYER, "native": _NATIVE_LAYER},
     "swiglu": {"reference": _LAYER, "native": _NATIVE_LAYER},
@@ -50,12 +56,33 @@ def ops() -> tuple[str, ...]:
 
 def unavailable(backend: str, device: torch.device | str = "cpu") -> str | None:
     """Why this backend cannot run on this device; None when it can."""
+    kind = torch.device(device).type
+    if backend == "triton":
+        return _triton_missing(kind)
     if backend == "native":
-        kind = torch.device(device).type
         if kind not in ("cpu", "meta"):
             return f"the native backend runs on CPU tensors, not on {kind}"
         return native.missing()
     return None
+
+
+def _triton_missing(kind: str) -> str | None:
+    if not _installed("triton"):
+        return "Triton is not installed: pip install triton"
+    if kind in ("cuda", "meta"):
+        return None
+    if kind != "cpu":
+        return f"the triton backend runs on CUDA and ROCm tensors, not on {kind}"
+    language: Any = sys.modules.get("triton.language")
+    early = language is None or type(language.sum).__name__ == "InterpretedFunction"
+    if os.environ.get("TRITON_INTERPRET") == "1" and early:
+        return None
+    return "Triton kernels run on CPU tensors only interpreted: set TRITON_INTERPRET=1 before Triton is imported"
+
+
+@cache
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 def backends(op: str, device: torch.device | str = "cpu") -> tuple[str, ...]:
@@ -85,6 +112,9 @@ def _passed_over(op: str, chosen: str, device: torch.device | str) -> str:
     """What "auto" would rather have taken, and what it lacks."""
     better = _PREFERENCE[: _PREFERENCE.index(chosen)]
     reasons = [unavailable(name, device) for name in better if name in _BACKENDS[op]]
+    if torch.device(device).type == "cuda" and "triton" in _BACKENDS[op]:
+        unmeasured = "triton runs by name; auto does not take it before it is measured on a GPU"
+        reasons.append(unavailable("triton", device) or unmeasured)
     return "".join(f"; {reason}" for reason in reasons if reason)
 
 

@@ -71,7 +71,7 @@ def _verify_definition(case: Case) -> list[Result]:
     exact = {name: tensor.double() for name, tensor in case.inputs.items()}
     plain = _evaluate(case.plain, exact)
     results = []
-    for backend in backends(case.op):
+    for backend in backends(case.op, next(iter(case.inputs.values())).device):
         outputs = _evaluate(lambda x, backend=backend: case.run(x, backend), exact)  # type: ignore[misc]
         errors = _errors({name: value for name, value in outputs.items() if name in plain}, plain)
         worst = max(errors, key=lambda name: _excess(errors[name], 0.0))
@@ -88,7 +88,7 @@ def _verify_case(case: Case, dtype: torch.dtype) -> list[Result]:
     reference = _evaluate(lambda x: case.run(x, "reference"), exact)
     plain = _errors(_evaluate(case.plain, rounded), reference)
     results = []
-    for backend in backends(case.op):
+    for backend in backends(case.op, next(iter(case.inputs.values())).device):
         errors = _errors(_evaluate(lambda x, backend=backend: case.run(x, backend), rounded), reference)  # type: ignore[misc]
         # A metric that the plain version does not compute is held to the error of the loss itself.
         yardstick = {name: plain.get(name, plain.get("loss", 0.0)) for name in errors}

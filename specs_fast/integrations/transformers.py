@@ -199,7 +199,6 @@ def _head_forward(
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    low_rank: dict[str, Any] = {} if lora is None else {"lora": tuple(matrix.to(hidden.dtype) for matrix in lora)}
     logp, entropy, lse = linear_logprob(
         hidden.flatten(0, 1),
         weight,
@@ -210,8 +209,8 @@ def _head_forward(
         logit_scale=options.logit_scale,
         ignore_index=IGNORE,
         return_entropy=options.return_entropy,
+        lora=None if lora is None else (lora[0].to(hidden.dtype), lora[1].to(hidden.dtype)),
         backend=options.backend,
-        **low_rank,
     )
     return tuple(out.view(target.shape) for out in (logp, lse, entropy) if out is not None)
 

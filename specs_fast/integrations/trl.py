@@ -1,7 +1,7 @@
 """TRL's trainers take their per-token log-probs and entropies from ``linear_logprob``.
 
-TRL computes both in one autograd function that its head calls (``trl.kernels.ChunkedLogProbFunction``). That function is
-replaced and nothing else: the trainers' masks, losses, generation, PEFT, DDP and FSDP stay TRL's. Tested: GRPO, DPO, RLOO, KTO, SFT.
+TRL computes both in one function that its head calls (``trl.kernels.ChunkedLogProbFunction``). It is replaced and nothing else:
+masks, losses, generation, PEFT, DDP and FSDP stay TRL's. Tested with the trainers of GRPO, DPO, RLOO, KTO and SFT.
 """
 
 from __future__ import annotations

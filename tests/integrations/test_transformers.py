@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from transformers import MixtralConfig, MixtralForCausalLM, Qwen3Config, Qwen3Fo
 from transformers import T5ForConditionalGeneration as T5
 
 from specs_fast.integrations.transformers import LogprobOutput, logprob_head
-from specs_kernels import linear_logprob
 
 PEFT_MISSING = "peft is not installed; it comes with specs-fast[dev]"
 
@@ -71,6 +69,13 @@ def test_values_and_gradients_equal_those_of_the_models_own_logits(kind: str) ->
         _weigh(got).backward()
     _assert_close(got, expected)
     assert largest_difference(gradients(model), expected_gradients) < 1e-5
+
+
+def test_no_cache_is_kept_unless_asked_for() -> None:
+    model, batch = make_model(), make_batch()
+    logprob_head(model)
+    assert model(**batch).past_key_values is None
+    assert model(**batch, use_cache=True).past_key_values is not None
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -264,14 +269,12 @@ def test_a_head_that_peft_trains_whole_gets_its_gradient(swap_first: bool) -> No
 
 def _with_lora_on_the_head(kind: str, **settings: Any) -> Any:
     peft = pytest.importorskip("peft", reason=PEFT_MISSING)
-    if "lora" not in inspect.signature(linear_logprob).parameters:
-        pytest.skip("linear_logprob has no lora= yet")
     settings = {"r": 4, "lora_alpha": 10, "lora_dropout": 0.0, "init_lora_weights": False, **settings}
     torch.manual_seed(1)
     return peft.get_peft_model(make_model(kind), peft.LoraConfig(target_modules=["q_proj", "lm_head"], **settings))
 
 
-@pytest.mark.parametrize("kind", ["tied", "untied"])
+@pytest.mark.parametrize("kind", ["tied", "untied", "multiplier", "divisor", "softcap"])
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_lora_on_the_head_trains_as_with_the_models_own_head(kind: str) -> None:
     batch, results = make_batch(), []
@@ -293,6 +296,25 @@ def test_lora_on_the_head_trains_as_with_the_models_own_head(kind: str) -> None:
     torch.testing.assert_close(losses, own_losses)
     assert len(set(losses.tolist())) == 3
     assert any("lm_head.lora_B" in name for name in got) and largest_difference(got, own_gradients) < 1e-5
+
+
+def test_lora_on_the_head_with_padded_vocabulary_and_in_bf16() -> None:
+    batch = make_batch()
+    adapted = _with_lora_on_the_head("untied")
+    labels = batch["labels"][:, 1:]
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    dense = adapted(**inputs).logits[:, :-1, :62].log_softmax(-1)
+    expected = dense.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1) * (labels != -100)
+    with logprob_head(adapted, vocab_size=62):
+        torch.testing.assert_close(adapted(**batch).logp[:, :-1], expected, atol=2e-5, rtol=1e-5)
+    half = adapted.to(torch.bfloat16)
+    half.get_output_embeddings().lora_A.float()  # as PEFT leaves adapters on a half-precision model
+    half.get_output_embeddings().lora_B.float()
+    with logprob_head(half, vocab_size=62):
+        output = half(**batch)
+        torch.testing.assert_close(output.logp[:, :-1], expected, atol=0.3, rtol=0.05)
+        output.loss.backward()
+    assert all(p.grad.dtype == torch.float32 for p in half.get_output_embeddings().lora_B.parameters())
 
 
 def test_lora_on_the_head_that_two_matrices_cannot_say_is_refused() -> None:

@@ -37,7 +37,7 @@ IMAGE = 60
 
 
 def make_model(kind: str = "tied", *, vocab_size: int = 64, hidden_size: int = 32, seed: int = 0) -> PreTrainedModel:
-    """A random-weight decoder in fp32. untied: with a bias on its head."""
+    """A random-weight decoder in fp32. untied and divisor: with a bias on the head."""
     torch.manual_seed(seed)
     text: dict[str, Any] = {
         "vocab_size": vocab_size,
@@ -61,6 +61,7 @@ def make_model(kind: str = "tied", *, vocab_size: int = 64, hidden_size: int = 3
         model = CohereForCausalLM(CohereConfig(**text, logit_scale=0.25))
     elif kind == "divisor":
         model = GraniteForCausalLM(GraniteConfig(**text, logits_scaling=3.0))
+        model.lm_head.bias = torch.nn.Parameter(torch.randn(vocab_size))
     elif kind == "vision":
         model = Qwen2_5_VLForConditionalGeneration(_vision_config(text))
     else:

@@ -73,7 +73,8 @@ def head_called_from_outside() -> str:
     logprob_head(model)
     fully_shard(model)
     try:
-        _head_forward(model.lm_head, torch.zeros(1, 2, 32), torch.zeros(1, 2, dtype=torch.long), _OPTIONS)
+        target = torch.zeros(1, 2, dtype=torch.long)
+        _head_forward(model.lm_head, torch.zeros(1, 2, 32), target=target, options=_OPTIONS)
     except RuntimeError as error:
         return str(error)
     return "nothing"

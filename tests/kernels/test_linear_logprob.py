@@ -368,7 +368,7 @@ HIDDEN, WEIGHT, TARGET = torch.zeros(3, 2), torch.zeros(4, 2), torch.tensor([0, 
         ({"temperature": torch.ones(3, requires_grad=True)}, "temperature gets no gradient"),
         ({"softcap": -1.0}, "softcap must be a finite number above 0; got -1.0"),
         ({"logit_scale": float("inf")}, "logit_scale must be a finite number; got inf"),
-        ({"backend": "triton"}, "linear_logprob has no backend 'triton' here; allowed: 'auto', 'reference', 'chunked'"),
+        ({"backend": "fast"}, "linear_logprob has no backend 'fast' here; allowed: 'auto', 'reference', 'chunked'"),
     ],
 )
 def test_errors_name_the_argument_and_its_value(changes: dict[str, Any], message: str) -> None:

@@ -1,4 +1,4 @@
-"""The row pass of each backend by name."""
+"""The row pass of each backend by name; imported when first asked for."""
 
 from __future__ import annotations
 
@@ -13,4 +13,8 @@ def row_pass(backend: str) -> RowPass:
         return TorchRowPass()
     if backend == "native":
         return NativeRowPass()
+    if backend == "triton":
+        from specs_kernels.linear_logprob.triton import TritonRowPass
+
+        return TritonRowPass()
     raise ValueError(f"backend {backend!r} has no row pass")

@@ -32,7 +32,7 @@ def selective_logprob(
     temperature: a number above 0, or a floating tensor ``[N]``, one per target; it gets no gradient.
     ignore_index: rows whose target has this value are not read (they may hold inf or NaN), give 0 in all outputs and
         get a zero gradient.
-    backend: "auto", "native" (C++, CPU), "chunked" or "reference".
+    backend: "auto", "native" (C++, CPU), "chunked", "triton" or "reference".
 
     Returns ``(logp, entropy, lse)``, fp32 ``[N]`` (fp64 for fp64 inputs), entropy None unless asked for. All three pass
     gradients to logits, rounded once to their dtype. Differentiable once: under
@@ -57,4 +57,8 @@ def selective_logprob(
     with torch.autocast(logits.device.type, enabled=False):
         if chosen == "native":
             return selective_logprob_native(logits, target, temperature, ignore_index, return_entropy)
+        if chosen == "triton":
+            from specs_kernels.selective_logprob.triton import selective_logprob_triton
+
+            return selective_logprob_triton(logits, target, temperature, ignore_index, return_entropy)
         return run(logits, target, temperature, return_entropy, kept)

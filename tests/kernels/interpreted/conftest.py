@@ -5,7 +5,6 @@ leak into every other test of a process, so ``test_triton_interpreted.py`` (one 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,14 +15,9 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def quiet_arithmetic_and_no_copies(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """-inf scores are meant. The interpreter copies every argument's storage onto itself after a launch; on the CPU that
-    changes nothing, and would commit the memory of the tests with huge strides."""
-    import warnings
-
+def no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter copies every argument's storage onto itself after a launch; on the CPU that changes nothing, and would
+    commit the memory of the tests with huge strides."""
     from triton.runtime import interpreter
 
     monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *arguments: None)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        yield

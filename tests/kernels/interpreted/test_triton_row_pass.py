@@ -63,6 +63,8 @@ def transform(bias: Tensor | None, softcap: float | None, inverse: float | Tenso
 
 
 OPTIONS = list(itertools.product((False, True), (None, 2.5), ("one", "number", "rows")))
+SHAPES = [(1, 1), (31, 31), (2311, 2311)]
+CASES = [(300, 128, *options) for options in OPTIONS] + [(*shape, True, 2.5, "rows") for shape in SHAPES]
 
 
 def make_options(
@@ -83,8 +85,7 @@ def merged(x: Tensor, target: Tensor, width: int, options: Transform, state: Row
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("bias, softcap, kind", OPTIONS)
-@pytest.mark.parametrize("columns, width", [(1, 1), (31, 31), (300, 128), (2311, 2311)])
+@pytest.mark.parametrize("columns, width, bias, softcap, kind", CASES)
 def test_statistics_of_a_row_that_comes_in_tiles(
     columns: int, width: int, bias: bool, softcap: float | None, kind: str, dtype: torch.dtype
 ) -> None:
@@ -176,8 +177,7 @@ def rounded_gradients(grads: RowGradients, dtype: torch.dtype) -> RowGradients:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("bias, softcap, kind", OPTIONS)
-@pytest.mark.parametrize("columns, width", [(1, 1), (300, 128), (2311, 2311)])
+@pytest.mark.parametrize("columns, width, bias, softcap, kind", CASES)
 def test_gradient_of_products(
     columns: int, width: int, bias: bool, softcap: float | None, kind: str, dtype: torch.dtype
 ) -> None:
