@@ -323,7 +323,7 @@ void gradients(const Tensor& x, const Vector<int64_t>& target, int64_t first, co
             kernel.scores(y, scores.bias ? scores.bias + begin : nullptr, scores.cap, inverse, count, buffer.data());
             y = buffer.data();
           }
-          const F tanh = here ? (y[place] + above) * gradient.tanh_scale : F(0);
+          const F tanh = here && gradient.tanh_scale != 0 ? (y[place] + above) * gradient.tanh_scale : F(0);  // y may be -inf
           F* out = to.room(row, begin, buffer.data());
           kernel.gradient(y, count, gradient, out);
           if (here) out[place] += g * inverse * (1 - tanh * tanh);
