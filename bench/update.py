@@ -5,9 +5,9 @@ lab-width Qwen3-VL of random weights:
 
 * padded: transformers' own forward of right-padded rows as trainers call it (token ids, attention mask, the pixels of every row's
   images), on PyTorch's SDPA and transformers' own layers.
-* padded_once: `packing: none` of this trainer: the same rows, but each distinct image encoded once, positions kept between calls,
-  no mask where causality makes it needless, no last tokens, and on the CPU RMSNorm and SwiGLU on our kernels. The strongest
-  padded baseline we know.
+* padded_once: `packing: none` of this trainer: the same rows, but each distinct image encoded once (by a frozen tower once for
+  all updates), positions kept between calls, no mask where causality makes it needless, no last tokens, and on the CPU RMSNorm
+  and SwiGLU on our kernels. The strongest padded baseline we know.
 * shared: `packing: shared`, the packed forest, with `packed_attention` on its default backend and the same layers.
 
 All three send the hidden states that predict response tokens, and no others, through the same `linear_logprob`. The arms
@@ -97,7 +97,8 @@ def make_trees(shape: Shape, seed: int = 0) -> list[Tree]:
         image = torch.full((shape.image_tokens,), IMAGE)
         head, tail = 6, length(shape.prompt_tokens) - 6 - 2 - len(image)
         ids = torch.cat((text(head), torch.tensor([VISION_BEGIN]), image, torch.tensor([VISION_STOP]), text(tail)))
-        prompt = EncodedPrompt(str(index), ids, (ids == IMAGE).long(), (EncodedImage(str(index), pixels, shape.grid),))
+        shown = EncodedImage(f"{shape.name} {index}", pixels, shape.grid)
+        prompt = EncodedPrompt(str(index), ids, (ids == IMAGE).long(), (shown,))
         trees.append(Tree(prompt, tuple(text(length(shape.response_tokens)) for _ in range(shape.responses))))
     return trees
 

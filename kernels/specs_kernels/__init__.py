@@ -2,13 +2,14 @@
 
 ``PackedLayout`` says which token of a packed row may see which. ``linear_logprob``, ``selective_logprob`` and
 ``packed_attention`` are differentiable ops with a reference (the definition) and memory-bounded backends;
-``preference_loss`` and ``policy_loss`` turn packed log-probs into a loss and its metrics; ``rms_norm`` and ``swiglu`` are the
-memory-bound layers in between, for CPU.
+``linear_loss`` forms the gradients of a whole loss in the forward; ``preference_loss`` and ``policy_loss`` turn packed
+log-probs into a loss and its metrics; ``rms_norm`` and ``swiglu`` are the memory-bound layers in between, for CPU.
 """
 
 from specs_kernels.layers import rms_norm, swiglu
 from specs_kernels.layout import PackedLayout
 from specs_kernels.linear_logprob import linear_logprob
+from specs_kernels.linear_loss import linear_loss
 from specs_kernels.packed_attention import packed_attention
 from specs_kernels.policy_loss import policy_loss
 from specs_kernels.preference_loss import preference_loss
@@ -21,6 +22,7 @@ __all__ = [
     "PackedLayout",
     "TokenLogprobs",
     "linear_logprob",
+    "linear_loss",
     "packed_attention",
     "policy_loss",
     "preference_loss",

@@ -29,6 +29,7 @@ _NATIVE_LAYER = "C++, one pass over memory each way, SIMD chosen at run time"
 
 _BACKENDS: dict[str, dict[str, str]] = {
     "linear_logprob": {"reference": _DEFINITION, "chunked": _CHUNKED, "native": _NATIVE_ROWS, "triton": _TRITON},
+    "linear_loss": {"reference": _DEFINITION, "chunked": _CHUNKED, "native": _NATIVE_ROWS, "triton": _TRITON},
     "selective_logprob": {"reference": _DEFINITION, "chunked": _CHUNKED, "native": _NATIVE_LOGITS, "triton": _TRITON},
     "packed_attention": {"reference": _DEFINITION, "chunked": _CHUNKED, "native": _NATIVE_ATTENTION},
     "rms_norm": {"reference": _LAYER, "native": _NATIVE_LAYER},

@@ -7,7 +7,8 @@ dtype in ordinary PyTorch. Its error against fp64 is the yardstick for the error
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from specs_kernels.dispatch import backends
 from specs_kernels.layers import rms_norm, swiglu
 from specs_kernels.layout import PackedLayout
 from specs_kernels.linear_logprob import linear_logprob
+from specs_kernels.linear_loss import linear_loss
 from specs_kernels.packed_attention import packed_attention
 from specs_kernels.policy_loss import policy_loss
 from specs_kernels.preference_loss import preference_loss
@@ -74,57 +76,143 @@ def _affordable(op: str, device: torch.device, rows: int, vocab: int) -> tuple[i
     return rows, vocab
 
 
+@dataclass(frozen=True)
+class _Head:
+    """One case of a head. mode: arguments that choose it; the reference has no modes. frozen: the weight gets no gradient."""
+
+    name: str
+    rows: int
+    dim: int
+    vocab: int
+    softcap: float | None = None
+    bias: bool = False
+    lora: bool = False
+    frozen: bool = False
+    temperature: float | None = 1.0
+    sharpness: float = 1.0
+    mode: dict[str, Any] = field(default_factory=dict)
+
+    def inputs(self, generator: torch.Generator) -> Tensors:
+        inputs = {
+            "hidden": torch.randn(self.rows, self.dim, generator=generator),
+            "weight": torch.randn(self.vocab, self.dim, generator=generator) * (self.sharpness / self.dim**0.5),
+        }
+        if self.bias:
+            inputs["bias"] = torch.randn(self.vocab, generator=generator)
+        if self.lora:
+            inputs["lora_A"] = torch.randn(8, self.dim, generator=generator) / self.dim**0.5
+            inputs["lora_B"] = torch.randn(self.vocab, 8, generator=generator) / 8**0.5
+        return inputs
+
+    def logits(self, x: Tensors, source: Tensor | None) -> Tensor:
+        """What a user would write, in the dtype of the inputs."""
+        hidden = x["hidden"] if source is None else x["hidden"][source]
+        z_NV = F.linear(hidden, x["weight"], x.get("bias"))
+        if self.lora:
+            z_NV = z_NV + F.linear(F.linear(hidden, x["lora_A"]), x["lora_B"])
+        return z_NV if self.softcap is None else self.softcap * torch.tanh(z_NV / self.softcap)
+
+
+_HEADS = (
+    _Head("one tile", 300, 64, 117),
+    _Head("confident", 200, 64, 1000, sharpness=6.0),
+    _Head("recompute, many tiles", 700, 32, 4500, temperature=0.7, mode={"mode": "recompute"}),
+    _Head("softcap, bias, rows", 200, 48, 501, softcap=3.0, bias=True, temperature=1.3),
+    _Head("lora, temperatures", 200, 48, 501, lora=True, temperature=None, mode={"mode": "recompute", "compact": True}),
+    _Head("partly cached", 400, 48, 2500, mode={"mode": "cache", "logit_cache_bytes": 4 * 150 * 2500}),
+    _Head("frozen", 300, 48, 2500, softcap=8.0, frozen=True, mode={"mode": "frozen"}),
+    _Head("frozen, confident", 200, 64, 1000, sharpness=6.0, frozen=True, mode={"mode": "frozen"}),
+)
+
+
 def _linear_logprob_cases(generator: torch.Generator, device: torch.device) -> Iterator[Case]:
-    for name, rows, dim, vocab, softcap, bias, temperature, sharpness in (
-        ("one tile", 300, 64, 117, None, False, 1.0, 1.0),
-        ("confident", 200, 64, 1000, None, False, 1.0, 6.0),
-        ("many tiles", 2300, 32, 8100, None, False, 0.7, 1.0),
-        ("softcap, bias, rows", 200, 48, 501, 3.0, True, 1.3, 1.0),
-    ):
-        rows, vocab = _affordable("linear_logprob", device, rows, vocab)
-        hidden = torch.randn(rows, dim, generator=generator)
-        weight = torch.randn(vocab, dim, generator=generator) * (sharpness / dim**0.5)
-        inputs = {"hidden": hidden, "weight": weight}
-        if bias:
-            inputs["bias"] = torch.randn(vocab, generator=generator)
-        target = _targets(generator, rows, vocab, device)
-        source = torch.randint(0, rows, (rows,), generator=generator).to(device) if bias else None
+    for head in _HEADS:
+        inputs = head.inputs(generator)
+        target = _targets(generator, head.rows, head.vocab, device)
+        shared = torch.randint(0, head.rows, (head.rows,), generator=generator).to(device) if head.bias else None
+        temperature = torch.linspace(0.5, 2.0, head.rows).to(device) if head.temperature is None else head.temperature
+        fixed = {"weight": inputs.pop("weight").to(device)} if head.frozen else {}
 
         def run(
             x: Tensors,
             backend: str,
+            head: _Head = head,
             target: Tensor = target,
-            source: Tensor | None = source,
-            temperature: float = temperature,
-            softcap: float | None = softcap,
+            source: Tensor | None = shared,
+            temperature: float | Tensor = temperature,
+            fixed: Tensors = fixed,
         ) -> Tensors:
+            x = x | {name: tensor.to(x["hidden"].dtype) for name, tensor in fixed.items()}
             return _named(
                 linear_logprob(
                     x["hidden"],
                     x["weight"],
                     target,
                     bias=x.get("bias"),
+                    lora=(x["lora_A"], x["lora_B"]) if head.lora else None,
                     temperature=temperature,
-                    softcap=softcap,
+                    softcap=head.softcap,
                     return_entropy=True,
                     rows=source,
                     backend=backend,
+                    **({} if backend == "reference" else head.mode),
                 )
             )
 
         def plain(
             x: Tensors,
+            head: _Head = head,
             target: Tensor = target,
-            source: Tensor | None = source,
-            temperature: float = temperature,
-            softcap: float | None = softcap,
+            source: Tensor | None = shared,
+            temperature: float | Tensor = temperature,
+            fixed: Tensors = fixed,
         ) -> Tensors:
-            z_NV = F.linear(x["hidden"] if source is None else x["hidden"][source], x["weight"], x.get("bias"))
-            if softcap is not None:
-                z_NV = softcap * torch.tanh(z_NV / softcap)
-            return _from_logits(z_NV / temperature, target, target >= 0)
+            x = x | {name: tensor.to(x["hidden"].dtype) for name, tensor in fixed.items()}
+            divisor = temperature[:, None].to(x["hidden"].dtype) if isinstance(temperature, Tensor) else temperature
+            return _from_logits(head.logits(x, source) / divisor, target, target >= 0)
 
-        yield Case("linear_logprob", name, inputs, run, plain)
+        yield Case("linear_logprob", head.name, inputs, run, plain)
+
+
+def _linear_loss_cases(generator: torch.Generator, device: torch.device) -> Iterator[Case]:
+    for head, workspace_rows in (
+        (_Head("one chunk", 300, 64, 117), 1024),
+        (_Head("many chunks, softcap, lora", 700, 48, 2500, softcap=5.0, lora=True), 256),
+    ):
+        inputs = head.inputs(generator)
+        target = _targets(generator, head.rows, head.vocab, device)
+        weights = torch.randn(head.rows, generator=generator).to(device)
+
+        def run(
+            x: Tensors,
+            backend: str,
+            head: _Head = head,
+            target: Tensor = target,
+            weights: Tensor = weights,
+            workspace_rows: int = workspace_rows,
+        ) -> Tensors:
+            def loss_fn(logp: Tensor, entropy: Tensor | None, lse: Tensor, index: Tensor) -> Tensor:
+                assert entropy is not None
+                return (weights.to(logp.dtype)[index] * (logp + 0.1 * entropy)).sum()
+
+            loss, _, _ = linear_loss(
+                x["hidden"],
+                x["weight"],
+                target,
+                loss_fn,
+                lora=(x["lora_A"], x["lora_B"]) if head.lora else None,
+                softcap=head.softcap,
+                return_entropy=True,
+                workspace_bytes=workspace_rows * head.vocab * 8,
+                backend=backend,
+            )
+            return {"loss": loss}
+
+        def plain(x: Tensors, head: _Head = head, target: Tensor = target, weights: Tensor = weights) -> Tensors:
+            values = _from_logits(head.logits(x, None), target, target >= 0)
+            return {"loss": (weights.to(values["logp"].dtype) * (values["logp"] + 0.1 * values["entropy"])).sum()}
+
+        yield Case("linear_loss", head.name, inputs, run, plain)
 
 
 def _selective_logprob_cases(generator: torch.Generator, device: torch.device) -> Iterator[Case]:
@@ -305,6 +393,7 @@ def _swiglu_cases(generator: torch.Generator, device: torch.device) -> Iterator[
 
 _CASES: dict[str, Callable[[torch.Generator, torch.device], Iterator[Case]]] = {
     "linear_logprob": _linear_logprob_cases,
+    "linear_loss": _linear_loss_cases,
     "selective_logprob": _selective_logprob_cases,
     "packed_attention": _packed_attention_cases,
     "rms_norm": _rms_norm_cases,

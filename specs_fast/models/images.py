@@ -7,6 +7,7 @@ per call, and its features (the deepstack features of Qwen3-VL too) are repeated
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from transformers import PreTrainedModel
 
 from specs_fast.data.types import EncodedImage
-from specs_fast.models.attention import vision_attention
+from specs_fast.models.attention import text_module, vision_attention
+from specs_fast.models.image_cache import Features, feature_cache
 from specs_fast.models.support import check_takes_encoded_images
 
 # Patches per call of the tower: bounds its activations; slicing between images is exact.
@@ -45,33 +47,56 @@ class ImageFeatures:
 def encode_images(model: PreTrainedModel, images: Sequence[EncodedImage]) -> ImageFeatures | None:
     """Encode each distinct image (by `EncodedImage.key`) once; None when there are no images.
 
-    Differentiable in the tower's parameters. The tower runs once per `MAX_PATCHES` patches, with one variable-length attention
-    call per layer. Raises ValueError for a model that cannot take images, or whose forward does not accept encoded ones.
+    Differentiable in the tower's parameters. The features of a frozen tower are kept between calls (`models.image_cache`), so an
+    image is then encoded once for all of its rollouts and updates. The tower runs once per `MAX_PATCHES` patches, with one
+    variable-length attention call per layer. Raises ValueError for a model that cannot take images, or whose forward does not
+    accept encoded ones.
     """
     if not images:
         return None
-    distinct: dict[str, EncodedImage] = {}
-    for image in images:
-        distinct.setdefault(image.key, image)
-    base = model.base_model
     check_takes_encoded_images(model)
-    pooled: list[torch.Tensor] = []
-    levels: list[list[torch.Tensor]] = []
-    output_type: type | None = None
+    cache = feature_cache(model.base_model, text_module(model))
+    known: dict[str, Features] = {}
+    unseen: dict[str, EncodedImage] = {}
+    for image in images:
+        if image.key in known or image.key in unseen:
+            continue
+        found = cache.get(image.key) if cache is not None else None
+        if found is None:
+            unseen[image.key] = image
+        else:
+            known[image.key] = found
+    output_type = cache.output_type if cache is not None else None
+    if unseen:
+        # Features of a frozen tower may be made by a rollout in inference mode and used by an update.
+        with torch.inference_mode(False) if cache is not None else nullcontext():
+            encoded, output_type = _encode(model, list(unseen.values()))
+        known |= encoded
+        if cache is not None:
+            cache.output_type = output_type
+            for key, features in encoded.items():
+                cache.put(key, features)
+    assert output_type is not None
+    levels = tuple(zip(*(features.deepstack for features in known.values()), strict=True))
+    keys = {key: index for index, key in enumerate(known)}
+    return ImageFeatures(keys, tuple(features.pooled for features in known.values()), levels, output_type)
+
+
+def _encode(model: PreTrainedModel, images: list[EncodedImage]) -> tuple[dict[str, Features], type]:
+    """Run the tower on distinct images."""
+    encoded: dict[str, Features] = {}
+    output_type: type = object
     with vision_attention(model):
-        for batch in _slices(list(distinct.values())):
+        for batch in _slices(images):
             pixels = torch.cat([image.pixel_values for image in batch]).to(model.device)
             grid = torch.tensor([image.grid_thw for image in batch], device=model.device)
-            output = base.get_image_features(pixels, image_grid_thw=grid, return_dict=True)
+            output = model.base_model.get_image_features(pixels, image_grid_thw=grid, return_dict=True)
             output_type = type(output)
-            pooled.extend(output.pooler_output)
-            for level, features in enumerate(getattr(output, "deepstack_features", None) or []):
-                if level == len(levels):
-                    levels.append([])
-                levels[level].extend(features)
-    assert output_type is not None
-    keys = {key: index for index, key in enumerate(distinct)}
-    return ImageFeatures(keys, tuple(pooled), tuple(tuple(level) for level in levels), output_type)
+            levels = getattr(output, "deepstack_features", None) or []
+            for index, image in enumerate(batch):
+                deepstack = tuple(level[index] for level in levels)
+                encoded[image.key] = Features(output.pooler_output[index], deepstack)
+    return encoded, output_type
 
 
 def _slices(images: list[EncodedImage]) -> list[list[EncodedImage]]:

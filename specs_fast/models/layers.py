@@ -1,8 +1,8 @@
 """RMSNorm and SwiGLU of a transformers model on our CPU kernels.
 
-Plain PyTorch makes several passes over memory for each. A module is switched only when it computes, on a random input, what our op
-computes: a norm with an offset, or another activation, stays as it is. Weights, names and files of the model do not change; the
-switch lives in the instance, survives `copy.deepcopy`, and serves generation and training alike.
+Plain PyTorch makes several passes over memory for each. A module is switched only when it computes, on a random input, what our
+op computes: a norm with an offset, or another activation, stays as it is. Weights, names and files of the model do not change;
+the switch lives in the instance, survives `copy.deepcopy`, and serves generation and training alike.
 """
 
 from __future__ import annotations

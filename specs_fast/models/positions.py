@@ -64,6 +64,25 @@ def segment_positions(model: PreTrainedModel, token_types: Tensor, images: Seque
     return positions
 
 
+def check_position_limit(model: PreTrainedModel, prompt: EncodedPrompt, new_tokens: int) -> None:
+    """Raise ValueError, naming the prompt, when it and `new_tokens` more pass the positions that the model was made for.
+
+    Beyond them a rotary model goes on without an error, and badly.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(limit, int):
+        return
+    first = len(prompt)
+    if prompt.images and uses_mrope(model) and len(prompt):  # an image takes fewer positions than tokens
+        first = int(segment_positions(model, prompt.token_types, prompt.images).max()) + 1
+    if first + new_tokens > limit:
+        raise ValueError(
+            f"prompt {prompt.id!r} takes {first} positions and max_new_tokens is {new_tokens}, but {type(model).__name__} has "
+            f"{limit} (max_position_embeddings); lower max_new_tokens to {max(0, limit - first)} or filter long prompts "
+            "(data.max_prompt_tokens with data.filter_overlong)"
+        )
+
+
 def image_tokens(model: PreTrainedModel, image: EncodedImage) -> int:
     """Tokens that one image takes in the text: its merged patches."""
     time, height, width = image.grid_thw

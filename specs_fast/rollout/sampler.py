@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from specs_fast.data.types import Completion, EncodedPrompt
 from specs_fast.models.images import ImageFeatures, encode_images
-from specs_fast.models.positions import check_prompt_images, segment_positions, uses_mrope
+from specs_fast.models.positions import check_position_limit, check_prompt_images, segment_positions, uses_mrope
 from specs_fast.rollout.draw import Truncation, draw, row_uniforms
 
 # Ended rows are dropped from the cache once they are this share of it: dropping copies the rows that stay.
@@ -97,7 +97,8 @@ class Sampler:
         the same most likely completion, and logp is taken at `temperature`.
 
         Raises ValueError for an empty prompt, a model in training mode, image tokens that are not those of the
-        prompt's images, settings outside their range, and NaN log-probs.
+        prompt's images, a prompt that with max_new_tokens passes the model's positions, settings outside their range, and
+        NaN log-probs.
         """
         if num_samples < 1 or max_new_tokens < 1:
             raise ValueError(f"num_samples ({num_samples}) and max_new_tokens ({max_new_tokens}) must be at least 1")
@@ -111,6 +112,7 @@ class Sampler:
             if len(prompt) == 0:
                 raise ValueError(f"prompt {index} ({prompt.id!r}) is empty")
             check_prompt_images(self._model, prompt)
+            check_position_limit(self._model, prompt, max_new_tokens)
         settings = _Settings(max_new_tokens, temperature, Truncation(top_p, top_k), greedy, seed)
         features = encode_images(self._model, [image for prompt in prompts for image in prompt.images])
         samples = 1 if greedy else num_samples

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from specs_fast.data.types import Completion, EncodedPrompt, Tree
 from specs_fast.models import score
+from specs_fast.models.positions import segment_positions
 from specs_fast.rollout import Engine, Sampler
 
 SETTINGS = {"num_samples": 3, "max_new_tokens": 10, "seed": 11}
@@ -202,3 +203,18 @@ def test_a_prompt_that_lost_its_image_is_refused() -> None:
     lost = replace(prompts[0], images=())
     with pytest.raises(ValueError, match="prompt 'one' holds 6 image tokens, but its 0 images take 0"):
         make_sampler(make_model("qwen3_vl")).generate([lost, *prompts[1:]], **SETTINGS)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_vl"])
+def test_a_prompt_that_would_pass_the_models_positions_is_refused_before_anything_is_sampled(kind: str) -> None:
+    """Exactly as many positions as the model has are fine; an image counts with its positions, not with its tokens."""
+    model, prompts = make_model(kind), prompts_of(kind)
+    longest = max(int(segment_positions(model, p.token_types, p.images).max()) + 1 for p in prompts)
+    assert kind == "qwen3" or longest < max(map(len, prompts))
+    model.config.get_text_config().max_position_embeddings = longest + 10
+    make_sampler(model).generate(prompts, **SETTINGS)
+    model.config.get_text_config().max_position_embeddings = longest + 9
+    with pytest.raises(
+        ValueError, match=f"takes {longest} positions and max_new_tokens is 10.*lower max_new_tokens to 9"
+    ):
+        make_sampler(model).generate(prompts, **SETTINGS)

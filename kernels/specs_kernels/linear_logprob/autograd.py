@@ -5,6 +5,7 @@ Letters: N targets, M targets that are worked on, T rows of hidden, D hidden siz
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,12 @@ from specs_kernels.linear_logprob.forward import (
 from specs_kernels.linear_logprob.head import Head, Rows, tiling
 from specs_kernels.linear_logprob.row_pass import RowGradients, RowState
 from specs_kernels.linear_logprob.targets import Targets, find_targets, scatter_rows
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast off; its context costs more than all checks together, so it is entered only where it is on."""
+    enabled = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
 
 
 class Inputs(NamedTuple):
@@ -241,7 +248,7 @@ class LinearLogprob(torch.autograd.Function):
         statistics = Statistics(RowState(maximum, maximum, None, target), log_total, mean)
         cache = None if scores is None else Cache(scores, list(offsets), ctx.cache_rows)
         vectors = None if of_logp is None else FrozenVectors(of_logp, of_entropy)
-        with torch.autocast(inputs.hidden.device.type, enabled=False):
+        with without_autocast(inputs.hidden.device):
             results = backward(
                 inputs,
                 ctx.options,

@@ -5,6 +5,8 @@ Letters: R rows and C columns of one tile.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,16 @@ from specs_kernels.linear_logprob.row_pass import RowGradients, RowState, Transf
 
 _FLOOR = -1e5
 """Stands in for z - m = -inf where it meets a factor exp(z - m) = 0: their product is 0, not NaN."""
+
+_LOG2E = math.log2(math.e)
+
+
+def _exp(values: Tensor, out: Tensor) -> Tensor:
+    """exp by way of exp2, which PyTorch computes in a third of the time on CPU; values are at most 0 where it matters.
+
+    The product rounds once, so a weight exp(y) is off by ``|y| eps`` of itself: nothing where weights are large.
+    """
+    return torch.mul(values, _LOG2E, out=out).exp2_()
 
 
 class TorchRowPass:
@@ -43,7 +55,7 @@ class TorchRowPass:
         z_RC = _scores(x_RC if scratch else x_RC.clone(), transform)
         maximum, change = _update(z_RC, target_R, first, transform, state)
         z_RC.sub_(maximum[:, None])
-        exp = torch.exp(z_RC, out=self._temporary(z_RC))
+        exp = _exp(z_RC, self._temporary(z_RC))
         total = exp.sum(1)
         weighted = None
         if state.weighted is not None:
@@ -71,7 +83,7 @@ class TorchRowPass:
         slope = None if transform.softcap is None else _slope(z_RC, transform)
         z_RC.sub_(maximum[:, None])
         plain = state.weighted is None and exp_RC.dtype == z_RC.dtype
-        exp = torch.exp(z_RC, out=exp_RC if plain else self._temporary(z_RC))
+        exp = _exp(z_RC, exp_RC if plain else self._temporary(z_RC))
         total = exp.sum(1)
         inside, column = _inside(target_R, first, z_RC.shape[1])
         weighted = None
@@ -109,18 +121,17 @@ class TorchRowPass:
         else:
             z_RC = x_RC.to(gradients.maximum.dtype)
             slope = None if transform.softcap is None else _slope(z_RC + offset_R[:, None], transform)
-            shift = (offset_R - gradients.maximum)[:, None]
-            z_RC = (
-                z_RC.add_(shift) if scratch or z_RC is not x_RC else torch.add(z_RC, shift, out=self._temporary(z_RC))
-            )
+            fresh = scratch or z_RC is not x_RC
+            room = z_RC if fresh else (dx_RC if dx_RC.dtype == z_RC.dtype else torch.empty_like(z_RC))
+            z_RC = torch.add(z_RC, (offset_R - gradients.maximum)[:, None], out=room)
         scale_R = gradients.log_total.neg().exp_().mul_(transform.inverse_temperature)
         if gradients.entropy is None:
-            dz_RC = torch.exp(z_RC, out=dx_RC if dx_RC.dtype == z_RC.dtype else z_RC)
+            dz_RC = _exp(z_RC, dx_RC if dx_RC.dtype == z_RC.dtype else z_RC)
             dz_RC.mul_((gradients.base * scale_R)[:, None])
         else:
             if transform.maybe_minus_inf:
                 z_RC.clamp_(min=_FLOOR)
-            exp = torch.exp(z_RC)
+            exp = _exp(z_RC, self._temporary(z_RC))
             base, entropy = (gradients.base * scale_R)[:, None], (gradients.entropy * scale_R)[:, None]
             out = dx_RC if dx_RC.dtype == z_RC.dtype else z_RC
             dz_RC = torch.addcmul(base, z_RC, entropy, value=-1, out=out).mul_(exp)

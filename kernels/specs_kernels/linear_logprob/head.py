@@ -10,7 +10,7 @@ Letters: M targets that count, D hidden size, V vocabulary, K rank of the low-ra
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,10 +28,15 @@ class Tiling:
     tile_columns: int
 
 
-CPU_TILE_BYTES = 2 << 20
+CPU_TILE_BYTES = 4 << 20
 """A tile and its temporary stay in the cache of the core that made them."""
-CPU_TILING = Tiling(64, 512, 1024)
+CPU_TILING = Tiling(128, 512, 2048)
 GPU_TILING = Tiling(1024, 8192, 8192)
+
+
+def row_block(device: torch.device) -> int:
+    """Rows of every score GEMM on this kind of device."""
+    return (CPU_TILING if device.type == "cpu" else GPU_TILING).row_block
 
 
 def tiling(device: torch.device, vocab_size: int, dtype: torch.dtype) -> Tiling:
@@ -40,7 +45,7 @@ def tiling(device: torch.device, vocab_size: int, dtype: torch.dtype) -> Tiling:
         return Tiling(GPU_TILING.row_block, GPU_TILING.tile_rows, min(vocab_size, GPU_TILING.tile_columns))
     columns = min(vocab_size, CPU_TILING.tile_columns * 4 // dtype.itemsize)
     blocks = CPU_TILE_BYTES // (columns * dtype.itemsize * CPU_TILING.row_block)
-    return Tiling(CPU_TILING.row_block, CPU_TILING.row_block * min(64, max(1, blocks)), columns)
+    return Tiling(CPU_TILING.row_block, CPU_TILING.row_block * min(32, max(1, blocks)), columns)
 
 
 def slices(start: int, stop: int, size: int) -> Iterator[slice]:
@@ -117,23 +122,11 @@ class Head:
             bias_C, self.softcap, inverse[rows] if isinstance(inverse, Tensor) else inverse, bias_C is not None
         )
 
-    def subset(self, index: Tensor) -> Head:
+    def subset(self, index: Tensor | slice) -> Head:
         """The same head for some of the targets."""
         if not isinstance(self.inverse_temperature, Tensor):
             return self
-        inverse = self.inverse_temperature.index_select(0, index)
-        return Head(
-            self.weight_VD,
-            self.lora_A,
-            self.lora_B,
-            self.bias_V,
-            self.softcap,
-            inverse,
-            self.factor,
-            self.early,
-            self.dtype,
-            self.operand,
-        )
+        return replace(self, inverse_temperature=self.inverse_temperature[index])
 
     def columns(self, columns: slice) -> Columns:
         """The columns of one tile as GEMM operands."""

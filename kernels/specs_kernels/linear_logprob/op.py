@@ -9,7 +9,8 @@ from torch import Tensor
 
 from specs_kernels import checks
 from specs_kernels.dispatch import choose
-from specs_kernels.linear_logprob.autograd import Inputs, LinearLogprob, Options
+from specs_kernels.linear_logprob.autograd import Inputs, LinearLogprob, Options, without_autocast
+from specs_kernels.linear_logprob.head import row_block
 from specs_kernels.linear_logprob.modes import Mode, choose_mode
 from specs_kernels.linear_logprob.reference import linear_logprob_reference
 from specs_kernels.results import TokenLogprobs
@@ -82,31 +83,32 @@ def linear_logprob(
     validate = hidden.device.type == "cpu" if validate is None else validate
     entropy_grad = return_entropy is True
     scalar = 1.0 if isinstance(temperature, Tensor) else float(temperature)
-    with torch.autocast(hidden.device.type, enabled=False):
-        if chosen == "reference":
-            if mode != "auto" or logit_cache_bytes or compact:
-                raise ValueError("backend='reference' has one mode; drop mode, logit_cache_bytes and compact")
+    if chosen == "reference":
+        if mode != "auto" or logit_cache_bytes or compact:
+            raise ValueError("backend='reference' has one mode; drop mode, logit_cache_bytes and compact")
+        with without_autocast(hidden.device):
             return linear_logprob_reference(
                 inputs, scalar, softcap, logit_scale, ignore_index, return_entropy, validate
             )
-        picked = _mode(inputs, entropy_grad, mode, logit_cache_bytes, compact)
-        if compact:
-            _refuse_capture(hidden.device)
-        options = Options(
-            scalar,
-            softcap,
-            float(logit_scale),
-            ignore_index,
-            bool(return_entropy),
-            entropy_grad,
-            picked.name,
-            picked.cached_rows,
-            picked.full_precision,
-            compact,
-            validate,
-            False,
-            chosen,
-        )
+    picked = _mode(inputs, entropy_grad, mode, logit_cache_bytes, compact)
+    if compact:
+        _refuse_capture(hidden.device)
+    options = Options(
+        scalar,
+        softcap,
+        float(logit_scale),
+        ignore_index,
+        bool(return_entropy),
+        entropy_grad,
+        picked.name,
+        picked.cached_rows,
+        picked.full_precision,
+        compact,
+        validate,
+        False,
+        chosen,
+    )
+    with without_autocast(hidden.device):
         return TokenLogprobs(*LinearLogprob.apply(options, *inputs))
 
 
@@ -126,6 +128,7 @@ def _mode(inputs: Inputs, entropy_grad: bool, mode: str, logit_cache_bytes: int,
         compact=compact,
         score_bytes=8 if dtype == torch.float64 else 4,
         input_bytes=dtype.itemsize,
+        row_block=row_block(inputs.hidden.device),
     )
 
 
