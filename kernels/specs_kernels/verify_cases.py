@@ -48,6 +48,49 @@ def cases(op: str, device: torch.device, seed: int) -> Iterator[Case]:
         yield Case(case.op, case.name, moved, case.run, case.plain, case.dtypes)
 
 
+@dataclass(frozen=True)
+class Invariance:
+    """run(inputs, index, backend): outputs of the targets that ``index`` names, in one call."""
+
+    op: str
+    name: str
+    count: int
+    inputs: Tensors
+    run: Callable[[Tensors, Tensor, str], Tensors]
+    batches: tuple[Tensor, ...]
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def invariance_cases(op: str, device: torch.device, seed: int) -> Iterator[Invariance]:
+    """Cases of the ops that promise it: the same target in batches of other sizes and at other places."""
+    generator = torch.Generator().manual_seed(seed)
+    if op not in ("linear_logprob", "selective_logprob"):
+        return
+    count = 300
+    batches = tuple(
+        torch.tensor(index)
+        for index in ([0], [count - 1], [7, 3, 150], list(range(1, count)), list(range(0, count, 2)))
+    )
+    for dim, vocab in ((64, 1000), (33, 4500)):
+        inputs = {
+            "hidden": torch.randn(count, dim, generator=generator).to(device),
+            "weight": torch.randn(vocab, dim, generator=generator).to(device),
+            "logits": (3 * torch.randn(count, vocab, generator=generator)).to(device),
+        }
+        target = torch.randint(0, vocab, (count,), generator=generator).to(device)
+
+        def run(x: Tensors, index: Tensor, backend: str, target: Tensor = target, op: str = op) -> Tensors:
+            index = index.to(target.device)
+            if op == "selective_logprob":
+                return _named(
+                    selective_logprob(x["logits"][index], target[index], return_entropy=True, backend=backend)
+                )
+            hidden = x["hidden"][index]
+            return _named(linear_logprob(hidden, x["weight"], target[index], return_entropy=True, backend=backend))
+
+        yield Invariance(op, f"row alone = in batch, V = {vocab}", count, inputs, run, batches)
+
+
 def _named(result: TokenLogprobs) -> Tensors:
     return {name: value for name, value in result._asdict().items() if value is not None}
 

@@ -31,6 +31,8 @@ class Policy:
     processor: Any
     encoder: Encoder
     packing: Packing
+    fused_layers: dict[str, int]
+    """Modules per class that run on our kernels."""
 
     @classmethod
     def load(
@@ -46,11 +48,12 @@ class Policy:
         )
         if not trainable:
             model.requires_grad_(False)
-        if config.fused_layers and (switched := fuse_layers(model)):
-            layers = ", ".join(f"{count} {name}" for name, count in switched.items())
+        fused = fuse_layers(model) if config.fused_layers else {}
+        if fused:
+            layers = ", ".join(f"{count} {name}" for name, count in fused.items())
             progress.say(f"{Path(model_dir).name}: {layers} run on specs_kernels")
         processor = load_processor(model_dir)
-        return cls(model, processor, Encoder(processor, configured_eos(model)), config.packing)
+        return cls(model, processor, Encoder(processor, configured_eos(model)), config.packing, fused)
 
     def score(self, trees: Sequence[Tree], *, temperature: float = 1.0, return_entropy: bool = False) -> Scores:
         """Log-probs of all response tokens of the trees; differentiable in the model's trainable parameters."""

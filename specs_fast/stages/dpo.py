@@ -25,7 +25,7 @@ from specs_fast.stages.common import LazyTrees, Policy, stage_seed
 from specs_fast.train.metrics import JsonlWriter, MetricSum
 from specs_fast.train.optim import Optimizer
 from specs_fast.train.stage_dir import fingerprint
-from specs_kernels import preference_loss
+from specs_kernels import dispatch, native, preference_loss
 
 
 def run_dpo(
@@ -156,6 +156,8 @@ def cache_key(trees: Sequence[Tree], base: str, policy: Policy, config: DPOConfi
     """20 hex digits over everything the reference log-probs depend on, to the last bit."""
     model = policy.model
     settings = [base, policy.packing, str(model.dtype), model.device.type, config.micro_batch_tokens, torch.__version__]
+    settings += [choice.backend for choice in dispatch.describe(model.device)]
+    settings += [native.instruction_set(), policy.fused_layers]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for tree in trees:
         digest.update(tree.prompt.input_ids.numpy().tobytes())

@@ -25,6 +25,7 @@ def one_dtype_and_small_cases(monkeypatch: pytest.MonkeyPatch) -> None:
         return generate
 
     monkeypatch.setattr(verify_cases, "_CASES", {name: first(name) for name in full})
+    monkeypatch.setattr(verify, "invariance_cases", lambda *_: iter(()))
 
 
 def test_every_op_and_backend_passes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -324,7 +324,7 @@ def test_scores_beyond_the_budget_are_not_held(monkeypatch: pytest.MonkeyPatch) 
         result = linear_logprob(hidden, weight, target, return_entropy=True, softcap=5.0)
         assert result.entropy is not None
         (result.logp.sum() + result.entropy.sum()).backward()
-    assert largest <= 4 * 50  # the statistics; N x V is 2000
+    assert largest <= 8 * 50  # hidden states on cache-line boundaries; N x V is 2000
 
 
 def test_second_derivative_is_refused() -> None:

@@ -150,23 +150,47 @@ class Columns:
     factor: float
 
 
+_ALIGNMENT = 64
+"""Bytes. A GEMM library may treat a row by where it lies in memory; aligned rows all lie alike."""
+
+
+def _aligned_zeros(num_rows: int, like: Tensor) -> Tensor:
+    """``[num_rows, columns of like]``, every row on a cache-line boundary."""
+    size = like.dtype.itemsize
+    width = -(-like.shape[1] * size // _ALIGNMENT) * _ALIGNMENT // size
+    return like.new_zeros(num_rows, width)[:, : like.shape[1]]
+
+
+def _aligned(data: Tensor) -> Tensor:
+    """The same matrix with every row on a cache-line boundary; a copy only where it is not so already."""
+    stride = data.stride(0) * data.dtype.itemsize
+    lies_well = data.stride(1) == 1 and stride % _ALIGNMENT == 0 and data.data_ptr() % _ALIGNMENT == 0
+    return data if lies_well or data.device.type != "cpu" else _aligned_zeros(data.shape[0], data).copy_(data)
+
+
 class Rows:
     """Hidden states as GEMM operands: ``[M, D]``, and ``hidden @ A.T`` ``[M, K]`` where there is a low-rank addition."""
 
     def __init__(self, hidden_MD: Tensor, head: Head, row_block: int) -> None:
         self.count = hidden_MD.shape[0]
         self.row_block = row_block
-        self.hidden_MD = hidden_MD.to(head.operand)
+        self.hidden_MD = _aligned(hidden_MD.to(head.operand))
         self._tail = self._padded_tail(self.hidden_MD)
         self.low_MK: Tensor | None = None
         self._low_tail: Tensor | None = None
         if head.lora_A is not None:
-            lora_A = head.lora_A.to(head.operand)
-            low_PK = hidden_MD.new_empty(self.padded, lora_A.shape[0], dtype=head.dtype)
-            for rows in slices(0, self.padded, row_block):
-                product_(low_PK[rows], self._block(self.hidden_MD, self._tail, rows), lora_A.T, 0, 1)
-            self.low_MK = low_PK.to(head.operand)[: self.count]
-            self._low_tail = self._padded_tail(self.low_MK)
+            self._make_low(head.lora_A.to(head.operand), head.dtype)
+
+    def _make_low(self, lora_A: Tensor, dtype: torch.dtype) -> None:
+        """In a whole number of 16 columns: narrower products are not computed alike in every row."""
+        rank = lora_A.shape[0]
+        wide_A = lora_A.new_zeros(-(-rank // 16) * 16, lora_A.shape[1])
+        wide_A[:rank] = lora_A
+        low_PW = lora_A.new_empty(self.padded, wide_A.shape[0], dtype=dtype)
+        for rows in slices(0, self.padded, self.row_block):
+            product_(low_PW[rows], self._block(self.hidden_MD, self._tail, rows), wide_A.T, 0, 1)
+        self.low_MK = low_PW[: self.count, :rank].to(lora_A.dtype)
+        self._low_tail = self._padded_tail(self.low_MK)
 
     @property
     def padded(self) -> int:
@@ -177,7 +201,7 @@ class Rows:
         rest = self.count % self.row_block
         if rest == 0:
             return None
-        tail = data.new_zeros(self.row_block, data.shape[1])
+        tail = _aligned_zeros(self.row_block, data)
         tail[:rest] = data[self.count - rest :]
         return tail
 

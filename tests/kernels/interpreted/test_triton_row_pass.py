@@ -149,6 +149,25 @@ def test_a_row_of_minus_inf_stays_finite_and_a_nan_row_stays_alone() -> None:
     torch.testing.assert_close(state.weighted[2:].double(), exact.t, rtol=1e-5, atol=1e-5)
 
 
+def test_a_huge_score_after_a_tile_of_minus_inf() -> None:
+    """The difference of the two maxima overflows; what it multiplies is 0."""
+    x = torch.full((1, 80), -torch.inf)
+    x[0, 40:] = torch.linspace(1e35, 1.1e35, 40)
+    state = new_state(1, torch.float32)
+    merged(x, torch.tensor([79]), 40, transform(None, None, 1.0), state)
+    assert state.weighted is not None
+    assert state.maximum[0] == x[0, 79] == state.target[0] and state.total[0] == 1 and state.weighted[0] == 0
+
+
+def test_softcap_keeps_the_digits_of_small_scores() -> None:
+    x = torch.tensor([[1e-4, -3e-3, 0.7, 5.9, -6.1, 200.0]])
+    for column in range(6):
+        state = new_state(1, torch.float32)
+        PASS.stats(x, torch.tensor([column]), 0, transform(None, 30.0, 1.0), state)
+        expected = 30 * torch.tanh(x[0, column].double() / 30)
+        torch.testing.assert_close(state.target[0].double(), expected, rtol=1e-6, atol=0)
+
+
 def gradients_of(row: Row, target: Tensor, g: Tensor | None, q: Tensor | None, r: Tensor | None) -> RowGradients:
     zero = torch.zeros_like(row.m)
     base = (zero if r is None else r) - (zero if g is None else g) + (zero if q is None else q * row.t / row.s)

@@ -162,6 +162,13 @@ def test_a_bad_row_is_nan_and_stays_alone() -> None:
     torch.testing.assert_close(grad[good].double(), exact_grad, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("temperature", [-1.0, 0.0, torch.nan, torch.inf])
+def test_a_bad_temperature_is_nan_also_where_every_lane_has_a_logit(temperature: float) -> None:
+    logits = torch.zeros(1, 2048)
+    logp, entropy, lse, _ = kernels.forward(logits, torch.tensor([3]), torch.tensor([temperature]), -100, True)
+    assert entropy is not None and logp.isnan() and entropy.isnan() and lse.isnan()
+
+
 def test_minus_inf_forbids_a_column() -> None:
     logits, target = make_inputs(2, 3000, torch.float32)
     masked = logits.clone()
