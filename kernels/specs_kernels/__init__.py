@@ -8,7 +8,7 @@ log-probs into a loss and its metrics; ``rms_norm`` and ``swiglu`` are the memor
 
 from specs_kernels.layers import rms_norm, swiglu
 from specs_kernels.layout import PackedLayout
-from specs_kernels.linear_logprob import linear_logprob
+from specs_kernels.linear_logprob import linear_logprob, linear_logprob_partials, merge_partials
 from specs_kernels.linear_loss import linear_loss
 from specs_kernels.packed_attention import packed_attention
 from specs_kernels.policy_loss import policy_loss
@@ -22,7 +22,9 @@ __all__ = [
     "PackedLayout",
     "TokenLogprobs",
     "linear_logprob",
+    "linear_logprob_partials",
     "linear_loss",
+    "merge_partials",
     "packed_attention",
     "policy_loss",
     "preference_loss",

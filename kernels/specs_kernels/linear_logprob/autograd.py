@@ -102,8 +102,10 @@ def cache_dtype(options: Options, hidden: Tensor, head: Head) -> torch.dtype:
     return head.dtype if options.full_precision else hidden.dtype
 
 
-def forward(inputs: Inputs, options: Options) -> tuple[tuple[Tensor, Tensor | None, Tensor], Saved]:
-    """logp, entropy and lse ``[N]``, and what the backward needs."""
+def forward(
+    inputs: Inputs, options: Options, room: Tensor | None = None
+) -> tuple[tuple[Tensor, Tensor | None, Tensor], Saved]:
+    """logp, entropy and lse ``[N]``, and what the backward needs. room: where to put the cache; None: new memory."""
     targets = targets_of(inputs, options)
     head = head_for(inputs, options, targets)
     tiles = tiling(inputs.hidden.device, head.vocab_size, head.dtype)
@@ -119,7 +121,7 @@ def forward(inputs: Inputs, options: Options) -> tuple[tuple[Tensor, Tensor | No
         if cached and cached < rows.count:
             cached = cached // tiles.row_block * tiles.row_block
         if cached:
-            cache = Cache.empty(cached, head, tiles, cache_dtype(options, inputs.hidden, head))
+            cache = Cache.empty(cached, head, tiles, cache_dtype(options, inputs.hidden, head), room)
         statistics = forward_statistics(head, rows, targets.target_M, tiles, sweeps, options.entropy, cache)
     num_targets = inputs.target.shape[0]
     entropy = statistics.entropy

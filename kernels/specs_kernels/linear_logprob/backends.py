@@ -18,3 +18,8 @@ def row_pass(backend: str) -> RowPass:
 
         return TritonRowPass()
     raise ValueError(f"backend {backend!r} has no row pass")
+
+
+def keeps_products(backend: str, same_dtype: bool) -> bool:
+    """Whether a backend's ``stats`` leaves products in a cache of the arithmetic dtype, rather than shifted scores."""
+    return same_dtype and backend != "chunked"

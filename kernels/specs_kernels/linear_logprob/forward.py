@@ -30,9 +30,12 @@ class Cache:
     rows: int
 
     @staticmethod
-    def empty(num_rows: int, head: Head, tiles: Tiling, dtype: torch.dtype) -> Cache:
+    def empty(num_rows: int, head: Head, tiles: Tiling, dtype: torch.dtype, room: Tensor | None = None) -> Cache:
+        """room: ``[at least P, V]`` to use instead of new memory."""
         padded = -(-num_rows // tiles.row_block) * tiles.row_block
-        scores = torch.empty(padded, head.vocab_size, dtype=dtype, device=head.weight_VD.device)
+        if room is None:
+            room = torch.empty(padded, head.vocab_size, dtype=dtype, device=head.weight_VD.device)
+        scores = room[:padded]
         return Cache(scores, [None] * -(-head.vocab_size // tiles.tile_columns), num_rows)
 
 

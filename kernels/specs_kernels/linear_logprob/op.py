@@ -11,6 +11,7 @@ from specs_kernels import checks
 from specs_kernels.dispatch import choose
 from specs_kernels.linear_logprob.autograd import Inputs, LinearLogprob, Options, without_autocast
 from specs_kernels.linear_logprob.head import row_block
+from specs_kernels.linear_logprob.library import OPERATOR, arguments, traced
 from specs_kernels.linear_logprob.modes import Mode, choose_mode
 from specs_kernels.linear_logprob.reference import linear_logprob_reference
 from specs_kernels.results import TokenLogprobs
@@ -78,8 +79,51 @@ def linear_logprob(
 
     Raises ValueError for wrong shapes, dtypes, devices, for values out of range, and for modes that do not combine.
     """
+    return call(
+        hidden,
+        weight,
+        target,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        ignore_index=ignore_index,
+        return_entropy=return_entropy,
+        rows=rows,
+        lora=lora,
+        mode=mode,
+        logit_cache_bytes=logit_cache_bytes,
+        compact=compact,
+        validate=validate,
+        backend=backend,
+    )
+
+
+def call(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    return_entropy: bool | Literal["detached"] = False,
+    rows: Tensor | None = None,
+    lora: tuple[Tensor, Tensor] | None = None,
+    mode: str = "auto",
+    logit_cache_bytes: int = 0,
+    compact: bool = False,
+    validate: bool | None = None,
+    backend: str = "auto",
+    partial: bool = False,
+) -> TokenLogprobs:
+    """:func:`linear_logprob`. partial: targets outside ``[0, V)`` are in another slice of the vocabulary and score 0."""
     inputs = head_inputs(hidden, weight, target, bias, temperature, softcap, logit_scale, rows, lora)
-    chosen = choose("linear_logprob", backend, hidden.device).backend
+    through_operator = traced(*inputs)
+    # Which backends can run here is looked up inside the operator: a tracer cannot follow it.
+    chosen = backend if through_operator else choose("linear_logprob", backend, hidden.device).backend
     validate = hidden.device.type == "cpu" if validate is None else validate
     entropy_grad = return_entropy is True
     scalar = 1.0 if isinstance(temperature, Tensor) else float(temperature)
@@ -88,7 +132,7 @@ def linear_logprob(
             raise ValueError("backend='reference' has one mode; drop mode, logit_cache_bytes and compact")
         with without_autocast(hidden.device):
             return linear_logprob_reference(
-                inputs, scalar, softcap, logit_scale, ignore_index, return_entropy, validate
+                inputs, scalar, softcap, logit_scale, ignore_index, return_entropy, validate, partial
             )
     picked = _mode(inputs, entropy_grad, mode, logit_cache_bytes, compact)
     if compact:
@@ -105,9 +149,12 @@ def linear_logprob(
         picked.full_precision,
         compact,
         validate,
-        False,
+        partial,
         chosen,
     )
+    if through_operator:
+        logp, entropy, lse = OPERATOR(*arguments(inputs, options))[:3]
+        return TokenLogprobs(logp, entropy if return_entropy else None, lse)
     with without_autocast(hidden.device):
         return TokenLogprobs(*LinearLogprob.apply(options, *inputs))
 

@@ -52,13 +52,14 @@ def linear_logprob_reference(
     ignore_index: int,
     return_entropy: bool | str,
     validate: bool,
+    partial: bool = False,
 ) -> TokenLogprobs:
-    """See :func:`specs_kernels.linear_logprob`."""
+    """See :func:`specs_kernels.linear_logprob`. partial: a target outside ``[0, V)`` has the score 0."""
     hidden, weight, bias, lora_A, lora_B, target, temperatures, rows = inputs
     dtype = accumulation_dtype(hidden.dtype)
     num_targets = target.shape[0]
     scale = temperature if temperatures is None else temperatures.to(dtype)
-    targets = find_targets(target, rows, scale, ignore_index, hidden.shape[0], weight.shape[0], validate)
+    targets = find_targets(target, rows, scale, ignore_index, hidden.shape[0], weight.shape[0], validate, partial)
     z_MV = head_scores(
         targets.hidden(hidden).to(dtype),
         weight.to(dtype),
@@ -71,6 +72,9 @@ def linear_logprob_reference(
     logp, entropy, lse = (
         targets.spread(values_M, num_targets) for values_M in token_statistics(z_MV, targets.target_M.clamp(min=0))
     )
+    if partial:
+        mine = (target >= 0) & (target < weight.shape[0])
+        logp = torch.where(mine | (target == ignore_index), logp, -lse)
     if return_entropy == "detached":
         entropy = entropy.detach()
     return TokenLogprobs(logp, entropy if return_entropy else None, lse)

@@ -1,0 +1,116 @@
+"""Log-probs over a vocabulary that is split across callers: what one slice knows, and the exact merge.
+
+Letters: N targets, D hidden size, V columns of this slice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from specs_kernels import checks
+from specs_kernels.linear_logprob.op import call
+from specs_kernels.results import TokenLogprobs
+
+
+class Partials(NamedTuple):
+    """Sums over one slice of the vocabulary, each ``[N]``; all but ``shift`` pass gradients.
+
+    shift: the number c by which the sums are scaled (here the slice's log-sum-exp; any number near the maximum serves).
+    total: ``sum_j exp(z_j - c)``. weighted: ``sum_j exp(z_j - c) (z_j - c)``, None when the entropy is not wanted.
+    target: z of the target, 0 where another slice has it. Rows whose target is ``ignore_index`` hold total 1 and 0 elsewhere.
+    """
+
+    shift: Tensor
+    total: Tensor
+    weighted: Tensor | None
+    target: Tensor
+
+
+def linear_logprob_partials(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    first_column: int = 0,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+    **options: Any,
+) -> Partials:
+    """:func:`linear_logprob` over the columns ``[first_column, first_column + V)`` of a larger vocabulary.
+
+    weight: this slice's ``[V, D]``; ``bias`` and ``lora``'s B are slices as well. target: places in the whole vocabulary.
+    The other arguments are those of ``linear_logprob``, in every mode. The gradients of hidden are this slice's share: where
+    the slices are on several ranks, the caller sums them over the ranks, as for any column-parallel layer.
+
+    Raises ValueError as ``linear_logprob`` does; a target beyond all slices cannot be seen here and merges to a score of 0.
+    """
+    if isinstance(first_column, bool) or not isinstance(first_column, int) or first_column < 0:
+        raise ValueError(f"first_column must be an int of at least 0; got {first_column!r}")
+    checks.check_integer("target", target, (target.numel(),))
+    local = target.long() - first_column
+    mine = (local >= 0) & (local < weight.shape[0]) & (target != ignore_index)
+    local = torch.where(mine, local, torch.where(target == ignore_index, -100, -1))
+    logp, entropy, lse = call(
+        hidden, weight, local, ignore_index=-100, return_entropy=return_entropy, partial=True, **options
+    )
+    shift = lse.detach()
+    total = torch.exp(lse - shift)
+    weighted = None if entropy is None else total * (lse - shift - entropy)
+    return Partials(shift, total, weighted, torch.where(mine, logp + lse, 0.0))
+
+
+def merge_partials(
+    parts: Partials | Sequence[Partials], target: Tensor, *, ignore_index: int = -100, group: Any = None
+) -> TokenLogprobs:
+    """Log-prob, entropy and log-sum-exp over all slices.
+
+    With m the largest shift, ``s = sum_k total_k exp(c_k - m)`` and t alike from ``weighted_k + (c_k - m) total_k``::
+
+        lse = m + log s      logp = target - lse      entropy = log s - t / s
+
+    parts: the partials of all slices, or those of this rank with ``group``, a process group over which maxima and sums are
+    taken (every rank then computes the same loss, so its backward passes gradients through unchanged).
+    target: as given to the slices; ignored targets give 0 in all outputs.
+    """
+    own = [parts] if isinstance(parts, Partials) else list(parts)
+    if not own:
+        raise ValueError("parts is empty; there must be at least one slice")
+    shift = torch.stack([part.shift for part in own]).amax(0)
+    if group is not None:
+        torch.distributed.all_reduce(shift, torch.distributed.ReduceOp.MAX, group=group)
+    sums = []
+    for part in own:
+        change = part.shift - shift
+        scale = torch.exp(change)
+        rows = [part.target, part.total * scale]
+        if part.weighted is not None:
+            rows.append((part.weighted + change * part.total) * scale)
+        sums.append(torch.stack(rows))
+    merged = torch.stack(sums).sum(0)
+    if group is not None:
+        merged = _SumOverRanks.apply(merged, group)
+    log_total = merged[1].log()
+    counts = target != ignore_index
+    lse = shift + log_total
+    entropy = torch.where(counts, log_total - merged[2] / merged[1], 0.0) if len(merged) > 2 else None
+    logp = torch.where(counts, (merged[0] - shift) - log_total, 0.0)
+    return TokenLogprobs(logp, entropy, torch.where(counts, lse, 0.0))
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """All-reduce whose backward is the identity: every rank has the whole loss, so its gradient is whole already."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
+        values = values.clone()
+        torch.distributed.all_reduce(values, group=group)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
