@@ -1,6 +1,7 @@
 # From a fresh clone, needing only Python >= 3.11 and make:
 #   make demo   set up .venv, run SPECS end to end on the embedded lab, write runs/lab-specs/report.html
 #   make test   set up .venv, lint, types, tests
+#   make gate   compile every Triton configuration for sm_80, sm_90, sm_100 and gfx942; needs no GPU
 # Where PyTorch sees a GPU the same commands use it.
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
@@ -12,7 +13,7 @@ export PYTHONSAFEPATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint bench report setup clean
+.PHONY: demo test lint gate bench report setup clean
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
@@ -33,7 +34,11 @@ lint: $(STAMP)
 test: lint
 	$(BIN)/python -m pytest
 
+gate: $(STAMP)
+	$(BIN)/python -m specs_kernels.gate --cache build/gate
+
 bench: $(STAMP)
+	for op in linear_logprob selective_logprob packed_attention; do $(BIN)/specs-fast bench $$op || exit 1; done
 	PYTHONPATH=. $(BIN)/python -m bench.update
 
 clean:

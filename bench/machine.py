@@ -21,7 +21,7 @@ def provenance() -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     packages = ("torch", "transformers", "numpy", "triton")
     return {
-        "command": " ".join(["python -m", _module(), *sys.argv[1:]]),
+        "command": " ".join([_program(), *sys.argv[1:]]),
         "commit": _git("rev-parse", "HEAD") + (" (modified)" if _git("status", "--porcelain", "-uno") else ""),
         "hardware": {
             "cpu": cpu_name(),
@@ -69,9 +69,12 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _module() -> str:
+def _program() -> str:
+    """What was started: a module, or a console script by its name."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return spec.name if spec is not None else Path(sys.argv[0]).stem
+    if spec is None:
+        return Path(sys.argv[0]).name
+    return f"python -m {spec.name.removesuffix('.__main__')}"
 
 
 def _version(package: str) -> str:

@@ -1,4 +1,4 @@
-"""``specs-fast run | eval | report | doctor``: the only place that reads the command line and the environment.
+"""``specs-fast run | eval | report | doctor | bench``: the only place that reads the command line and the environment.
 
 Mistakes of the user (a bad configuration, a missing file) are one line on stderr and exit code 2;
 ``SPECS_FAST_TRACEBACK=1`` shows where they were found. Results go to stdout, progress to stderr.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import importlib
+import importlib.util
 import json
 import os
 import random
@@ -89,6 +91,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     doctor = commands.add_parser("doctor", help="devices, versions, and which backend every op uses")
     doctor.add_argument("--json", action="store_true", help="as JSON")
     doctor.set_defaults(command=doctor_command)
+
+    commands.add_parser("bench", help="measure an op against its peers (source checkout only)", add_help=False)
+    if list(arguments[:1]) == ["bench"]:  # its options are its own, and cost an import of torch
+        return argparse.Namespace(command=bench_command, arguments=list(arguments[1:]))
 
     options, rest = parser.parse_known_args(list(arguments))
     # argparse stops taking positional arguments at an option; overrides may stand anywhere, and be written --key=value.
@@ -172,6 +178,40 @@ def doctor_command(options: argparse.Namespace) -> None:
         print(json.dumps(data, indent=2))
     else:
         _print(diagnosis_tables(data))
+
+
+def bench_command(options: argparse.Namespace) -> None:
+    """``bench``: the runner in ``bench/``, which a source checkout has and an installed package has not."""
+    root = Path(__file__).resolve().parents[1]
+    runner = source_package("bench", root).run
+    parser = argparse.ArgumentParser(prog="specs-fast bench", description="Measure an op against its peers.")
+    runner.add_arguments(parser)
+    runner.run(parser.parse_args(options.arguments))
+
+
+def source_package(name: str, root: Path) -> Any:
+    """The package ``name`` of the checkout at ``root`` with its module ``run``; ValueError where ``root`` is no checkout."""
+    folder = root / name
+    if not (folder / "run.py").is_file():
+        raise ValueError(
+            f"specs-fast {name} needs a source checkout, with its {name}/ folder and the results in it; there is none at "
+            f"{root}. Clone the repository, install it with `pip install -e .`, and call specs-fast {name} again"
+        )
+    loaded = sys.modules.get(name)
+    if loaded is None or getattr(loaded, "__file__", None) != str(folder / "__init__.py"):
+        load_package(name, folder)
+    importlib.import_module(f"{name}.run")
+    return sys.modules[name]
+
+
+def load_package(name: str, folder: Path) -> None:
+    """Import ``folder`` as the package ``name``, wherever Python looks for packages."""
+    spec = importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None and spec.loader is not None
+    package = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(package)
 
 
 def show(run_dir: Path) -> None:

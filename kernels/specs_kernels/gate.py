@@ -24,7 +24,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,9 +74,12 @@ def source_hash() -> str:
 
 
 def launches(case: Case, target: str) -> list[triton_common.Launch]:
-    """What the case would launch on the target."""
+    """What the case would launch on the target, each kernel once: rows of the table are named by kernel and case."""
     with triton_common.recorded(target) as recorded:
         case.run()
+    names = [launch.kernel.__name__ for launch in recorded]
+    if len(set(names)) != len(names):
+        raise ValueError(f"case {case.name!r} launches a kernel twice: {names}; make it two cases")
     return recorded
 
 
@@ -145,17 +148,22 @@ def run(cases: Iterable[Case], targets: Sequence[str] = TARGETS, progress: bool 
         raise RuntimeError("TRITON_INTERPRET is set: kernels of this process are interpreted, not compiled; unset it")
     chosen, rows = list(cases), []
     for target in targets:
-        seen: set[str] = set()
-        for case in chosen:
-            for launch in launches(case, target):
-                key = f"{launch.kernel.__name__} {_source(launch).hash()} {launch.num_warps} {launch.num_stages}"
-                if key in seen:
-                    continue
-                seen.add(key)
-                rows.append(measure(case, launch, target))
-                if progress:
-                    print(rows[-1], file=sys.stderr, flush=True)
+        for case, launch in distinct(chosen, target):
+            rows.append(measure(case, launch, target))
+            if progress:
+                print(rows[-1], file=sys.stderr, flush=True)
     return rows
+
+
+def distinct(cases: Iterable[Case], target: str) -> Iterator[tuple[Case, triton_common.Launch]]:
+    """Launches of the cases on a target, without those that compile to the same thing as an earlier one."""
+    seen: set[str] = set()
+    for case in cases:
+        for launch in launches(case, target):
+            key = f"{launch.kernel.__name__} {_source(launch).hash()} {launch.num_warps} {launch.num_stages}"
+            if key not in seen:
+                seen.add(key)
+                yield case, launch
 
 
 def source_problems() -> list[str]:

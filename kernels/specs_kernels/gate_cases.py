@@ -102,26 +102,24 @@ def _row_passes(name: str, dtype: torch.dtype, acc: torch.dtype) -> Iterator[Cas
     plain = Transform(None, None, 1.0, False)
     full = Transform(_empty(columns, dtype=acc), 30.0, vector, True)
 
-    def stats(transform: Transform, state: RowState, keep: Tensor | None) -> None:
-        for first in (0, columns):
-            passes.stats(x, target, first, transform, state, keep_RC=keep)
+    def stats(first: int, transform: Transform, state: RowState, keep: Tensor | None) -> None:
+        passes.stats(x, target, first, transform, state, keep_RC=keep)
 
-    def stats_exp(transform: Transform, state: RowState, weighted: Tensor | None) -> None:
-        for first in (0, columns):
-            passes.stats_exp(x, target, first, transform, state, out, weighted)
+    def stats_exp(first: int, transform: Transform, state: RowState, weighted: Tensor | None) -> None:
+        passes.stats_exp(x, target, first, transform, state, out, weighted)
 
     entropy, no_entropy = RowState(vector, vector, vector, vector), RowState(vector, vector, None, vector)
     both = RowGradients(vector, vector, vector, vector, vector)
     logp = RowGradients(vector, vector, vector, None, vector)
     if dtype in (torch.float32, torch.float64):
-        yield Case(f"{name} products", lambda: stats(plain, no_entropy, None))
-        yield Case(f"{name} products, all options", lambda: stats(full, entropy, None), first=name == "fp32")
+        yield Case(f"{name} products, first tile", lambda: stats(0, plain, no_entropy, None))
+        yield Case(f"{name} products, all options", lambda: stats(columns, full, entropy, None), first=name == "fp32")
         kept = None
     else:
-        yield Case(f"fp32 products, kept in {name}", lambda: stats(full, entropy, out))
+        yield Case(f"fp32 products, kept in {name}", lambda: stats(columns, full, entropy, out))
         kept = vector
-    yield Case(f"{products} products to {name} weights", lambda: stats_exp(plain, no_entropy, None))
-    yield Case(f"{products} products to {name} weights, all options", lambda: stats_exp(full, entropy, out))
+    yield Case(f"{products} products to {name} weights, first tile", lambda: stats_exp(0, plain, no_entropy, None))
+    yield Case(f"{products} products to {name} weights, all options", lambda: stats_exp(columns, full, entropy, out))
     yield Case(f"{name} gradient", lambda: passes.dscores(x, target, vocab // 2, plain, logp, out))
     yield Case(
         f"{name} gradient, all options",

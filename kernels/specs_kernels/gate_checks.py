@@ -85,4 +85,6 @@ def problems(kernel: Any, arguments: dict[str, Any], ttir: str, assembly: str, t
         ]
         if instruction not in assembly:
             found.append(f"tl.dot without {instruction}")
+    if arguments.get("DESCRIPTOR") and target in ("sm90", "sm100") and "cp.async.bulk.tensor" not in assembly:
+        found.append("tensor descriptors without cp.async.bulk.tensor")
     return found
