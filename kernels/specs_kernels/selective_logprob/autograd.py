@@ -12,7 +12,7 @@ from torch import Tensor
 
 from specs_kernels import checks
 from specs_kernels.dispatch import choose
-from specs_kernels.selective_logprob import chunked
+from specs_kernels.selective_logprob import chunked, native
 from specs_kernels.softmax import accumulation_dtype
 
 
@@ -22,7 +22,7 @@ def backend_module(name: str) -> Any:
         from specs_kernels.selective_logprob import triton
 
         return triton
-    return chunked
+    return native if name == "native" else chunked
 
 
 def validate_values(logits: Tensor, target: Tensor, temperature: float | Tensor, ignore_index: int) -> None:
