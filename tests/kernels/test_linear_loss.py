@@ -72,14 +72,14 @@ def by_autograd(loss_fn: Any, leaves: dict[str, Tensor], target: Tensor, **optio
     return loss.detach(), list(torch.autograd.grad(loss, list(leaves.values())))
 
 
-def ours(loss_fn: Any, leaves: dict[str, Tensor], target: Tensor, **options: Any) -> Any:
+def ours(loss_fn: Any, leaves: dict[str, Tensor], target: Tensor, return_entropy: bool = True, **options: Any) -> Any:
     return linear_loss(
         leaves["hidden"],
         leaves["weight"],
         target,
         loss_fn,
         bias=leaves["bias"],
-        return_entropy=True,
+        return_entropy=return_entropy,
         lora=(leaves["A"], leaves["B"]) if "A" in leaves else None,
         **options,
     )
@@ -131,6 +131,21 @@ def test_groups_stay_whole_and_too_large_ones_are_recomputed(rows_that_fit: int,
     assert [group for call in seen for group in call] == [4, 2, 9, 1, 0]  # group 7 has only an ignored target
     assert metrics["recomputed_targets"] == recomputed
     torch.testing.assert_close(loss.detach(), exact)
+    for grad, want in zip(torch.autograd.grad(loss, list(leaves.values())), expected, strict=True):
+        torch.testing.assert_close(grad, want)
+
+
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+def test_without_entropy_the_loss_function_gets_none(backend: str) -> None:
+    leaves, target = make_leaves()
+
+    def loss_fn(logp: Tensor, entropy: Tensor | None, lse: Tensor, index: Tensor) -> Tensor:
+        return token_loss(logp, None, lse, index)[0] if entropy is None else logp.sum() / 0
+
+    result = linear_logprob(leaves["hidden"], leaves["weight"], target, bias=leaves["bias"])
+    expected = torch.autograd.grad(-(WEIGHTS * result.logp).sum() / COUNT, list(leaves.values()))
+    loss, logprobs, _ = ours(loss_fn, leaves, target, return_entropy=False, backend=backend)
+    assert logprobs.entropy is None
     for grad, want in zip(torch.autograd.grad(loss, list(leaves.values())), expected, strict=True):
         torch.testing.assert_close(grad, want)
 

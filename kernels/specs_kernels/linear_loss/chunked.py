@@ -169,10 +169,10 @@ class Run:
         def spread(values: list[Tensor]) -> Tensor:
             return self.targets.spread(torch.cat(values) if values else empty, num_targets)
 
-        entropy = spread([part.log_total - part.mean for part in self.parts if part.mean is not None])
+        entropies = [part.log_total - part.mean for part in self.parts if part.mean is not None]
         return TokenLogprobs(
             spread([part.logp.detach() for part in self.parts]),
-            entropy if self.options.entropy else None,
+            spread(entropies) if self.options.entropy else None,
             spread([part.lse.detach() for part in self.parts]),
         )
 

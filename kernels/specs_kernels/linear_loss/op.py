@@ -12,6 +12,7 @@ from specs_kernels.linear_loss.call import LossFunction, Metrics
 from specs_kernels.linear_loss.chunked import linear_loss_chunked
 from specs_kernels.linear_loss.reference import linear_loss_reference
 from specs_kernels.results import TokenLogprobs
+from specs_kernels.tracing import outside_graphs
 
 WORKSPACE_BYTES = {"cpu": 256 << 20}
 """Default workspace per device type."""
@@ -19,6 +20,7 @@ ACCELERATOR_WORKSPACE_BYTES = 1280 << 20
 """Chunks of 4096 targets at V = 152k in half precision: the weight's gradient is read and written once per chunk."""
 
 
+@outside_graphs("linear_loss calls the user's loss function on slices whose number depends on the targets")
 def linear_loss(
     hidden: Tensor,
     weight: Tensor,
