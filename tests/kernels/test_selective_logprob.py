@@ -117,7 +117,7 @@ def test_input_logits_are_not_modified() -> None:
         ({"target": torch.tensor([0, 1])}, r"target must have shape \[3\]"),
         ({"target": torch.tensor([0, 1, 9])}, r"target\[2\] is 9"),
         ({"temperature": -1.0}, "temperature must be a finite number above 0"),
-        ({"backend": "native"}, "selective_logprob has no backend 'native'"),
+        ({"backend": "fast"}, "selective_logprob has no backend 'fast'"),
     ],
 )
 def test_errors_name_the_argument_and_its_value(changes: dict[str, Any], message: str) -> None:

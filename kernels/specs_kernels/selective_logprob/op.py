@@ -9,6 +9,7 @@ from specs_kernels import checks
 from specs_kernels.dispatch import choose
 from specs_kernels.results import TokenLogprobs
 from specs_kernels.selective_logprob.chunked import selective_logprob_chunked
+from specs_kernels.selective_logprob.native import selective_logprob_native
 from specs_kernels.selective_logprob.reference import selective_logprob_reference
 
 
@@ -31,7 +32,7 @@ def selective_logprob(
     temperature: a number above 0, or a floating tensor ``[N]``, one per target; it gets no gradient.
     ignore_index: rows whose target has this value are not read (they may hold inf or NaN), give 0 in all outputs and
         get a zero gradient.
-    backend: "auto", "chunked", "triton" or "reference".
+    backend: "auto", "native" (C++, CPU), "chunked", "triton" or "reference".
 
     Returns ``(logp, entropy, lse)``, fp32 ``[N]`` (fp64 for fp64 inputs), entropy None unless asked for. All three pass
     gradients to logits, rounded once to their dtype. Differentiable once: under
@@ -54,6 +55,8 @@ def selective_logprob(
     chosen = choose("selective_logprob", backend, logits.device).backend
     run = selective_logprob_reference if chosen == "reference" else selective_logprob_chunked
     with torch.autocast(logits.device.type, enabled=False):
+        if chosen == "native":
+            return selective_logprob_native(logits, target, temperature, ignore_index, return_entropy)
         if chosen == "triton":
             from specs_kernels.selective_logprob.triton import selective_logprob_triton
 

@@ -1,0 +1,2 @@
+#define SPECS_ISA avx2
+#include "row_pass_kernel.h"

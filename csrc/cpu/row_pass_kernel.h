@@ -1,0 +1,263 @@
+// Sweeps over the scores of one row; see row_pass.h.
+//
+// A row's end shorter than a vector is taken from the last whole vector's worth of the row, whose first lanes are then counted (or
+// written, with the same values) twice or masked. It is read before anything is written, so every sweep works in place.
+
+#pragma once
+
+#include "row_pass.h"
+#include "simd.h"
+
+namespace specs {
+namespace SPECS_ISA {
+
+// The last `rest` of `count` numbers in the last lanes of a vector. Before them: the numbers before, or `fill` where there are none.
+template <class F>
+SPECS_INLINE Vec<F> load_end(const F* p, int64_t count, int64_t rest, F fill) {
+  constexpr int L = kLanes<F>;
+  if (count >= L) return load(p + count - L);
+  alignas(kVectorBytes) F lanes[L];
+  for (int i = 0; i < L; ++i) lanes[i] = fill;
+  for (int64_t i = 0; i < rest; ++i) lanes[L - rest + i] = p[count - rest + i];
+  return load(lanes);
+}
+
+template <class F>
+SPECS_INLINE void store_end(F* p, int64_t count, int64_t rest, Vec<F> v) {
+  constexpr int L = kLanes<F>;
+  if (count >= L) return store(p + count - L, v);
+  alignas(kVectorBytes) F lanes[L];
+  store(lanes, v);
+  for (int64_t i = 0; i < rest; ++i) p[count - rest + i] = lanes[L - rest + i];
+}
+
+// v in the last `rest` lanes, 0 in the others.
+template <class F>
+SPECS_INLINE Vec<F> only_end(Vec<F> v, int64_t rest) {
+  typename Simd<F>::Int lane;
+  for (int i = 0; i < kLanes<F>; ++i) lane[i] = i;
+  decltype(+lane[0]) first = kLanes<F> - rest;
+  return lane >= first ? v : Vec<F>{};
+}
+
+template <class F>
+F maximum(const F* z, int64_t count) {
+  constexpr int L = kLanes<F>;
+  const F lowest = -(F)__builtin_inff();
+  Vec<F> a = splat<F>(lowest), b = a, c = a, d = a;
+  int64_t i = 0;
+  for (; i + 4 * L <= count; i += 4 * L) {
+    a = larger<F>(a, load(z + i));
+    b = larger<F>(b, load(z + i + L));
+    c = larger<F>(c, load(z + i + 2 * L));
+    d = larger<F>(d, load(z + i + 3 * L));
+  }
+  for (; i + L <= count; i += L) a = larger<F>(a, load(z + i));
+  if (i < count) b = larger<F>(b, load_end(z, count, count - i, lowest));
+  return max_lane<F>(larger<F>(larger<F>(a, b), larger<F>(c, d)));
+}
+
+template <class F, bool CAP>
+SPECS_INLINE F scores_of(const F* x, const F* bias, F cap, F inverse, int64_t count, F* z) {
+  constexpr int L = kLanes<F>;
+  const F lowest = -(F)__builtin_inff(), factor = CAP ? cap * inverse : inverse, scale = CAP ? 1 / cap : 1;
+  const auto score = [&](Vec<F> y, Vec<F> shift) __attribute__((always_inline)) {
+    if (bias) y += shift;
+    return CAP ? vtanh(y * scale) * factor : y * factor;
+  };
+  const int64_t rest = count % L, whole = count - rest;
+  Vec<F> end = splat<F>(lowest);
+  if (rest) end = score(load_end(x, count, rest, lowest), bias ? load_end(bias, count, rest, F(0)) : Vec<F>{});
+  Vec<F> top = splat<F>(lowest);
+  for (int64_t i = 0; i < whole; i += L) {
+    const Vec<F> v = score(load(x + i), bias ? load(bias + i) : Vec<F>{});
+    top = larger<F>(top, v);
+    store(z + i, v);
+  }
+  if (rest) {
+    store_end(z, count, rest, end);
+    // With a soft cap the fill of a row shorter than a vector became -cap: it must not count.
+    alignas(kVectorBytes) F lanes[L];
+    store(lanes, end);
+    if (count < L)
+      for (int64_t k = 0; k < L - rest; ++k) lanes[k] = lowest;
+    top = larger<F>(top, load(lanes));
+  }
+  return max_lane<F>(top);
+}
+
+template <class F>
+F scores(const F* x, const F* bias, F cap, F inverse, int64_t count, F* z) {
+  return cap > 0 ? scores_of<F, true>(x, bias, cap, inverse, count, z) : scores_of<F, false>(x, bias, cap, inverse, count, z);
+}
+
+template <class F, bool WEIGHTED>
+SPECS_INLINE ScoreSums<F> sums_of(const F* z, int64_t count, F maximum) {
+  constexpr int L = kLanes<F>;
+  Vec<F> s[2] = {}, t[2] = {};
+  const auto take = [&](Vec<F> v, Vec<F>& total, Vec<F>& weighted) __attribute__((always_inline)) {
+    const Vec<F> d = v - maximum, e = vexp_bounded(d);
+    total += e;
+    if (WEIGHTED) weighted += e * larger<F>(splat<F>(kFloor), d);
+  };
+  int64_t i = 0;
+  for (; i + 2 * L <= count; i += 2 * L) {
+    take(load(z + i), s[0], t[0]);
+    take(load(z + i + L), s[1], t[1]);
+  }
+  if (i + L <= count) {
+    take(load(z + i), s[0], t[0]);
+    i += L;
+  }
+  if (i < count) {
+    Vec<F> total{}, weighted{};
+    take(load_end(z, count, count - i, -(F)__builtin_inff()), total, weighted);
+    s[1] += only_end<F>(total, count - i);
+    t[1] += only_end<F>(weighted, count - i);
+  }
+  return {sum_lanes<F>(s[0] + s[1]), WEIGHTED ? sum_lanes<F>(t[0] + t[1]) : F(0)};
+}
+
+template <class F>
+ScoreSums<F> sums(const F* z, int64_t count, F maximum, bool weighted) {
+  return weighted ? sums_of<F, true>(z, count, maximum) : sums_of<F, false>(z, count, maximum);
+}
+
+template <class F>
+ScoreSums<F> weights(const F* z, int64_t count, F maximum, F tanh_scale, F* out, F* weighted_out) {
+  constexpr int L = kLanes<F>;
+  Vec<F> s{}, t{};
+  struct Both {
+    Vec<F> e, w;
+  };
+  const auto both = [&](Vec<F> v) __attribute__((always_inline)) {
+    const Vec<F> d = v - maximum, e = vexp_bounded(d);
+    return Both{e, e * larger<F>(splat<F>(kFloor), d)};
+  };
+  const auto slope = [&](Vec<F> v) __attribute__((always_inline)) {
+    const Vec<F> tanh = v * tanh_scale;
+    return 1 - tanh * tanh;
+  };
+  const int64_t rest = count % L, whole = count - rest;
+  Both end{};
+  Vec<F> end_slope{};
+  if (rest) {
+    const Vec<F> v = load_end(z, count, rest, -(F)__builtin_inff());
+    end = both(v);
+    end_slope = tanh_scale != 0 ? slope(v) : splat<F>(F(1));
+  }
+  if (tanh_scale != 0) {
+    for (int64_t i = 0; i < whole; i += L) {
+      const Vec<F> v = load(z + i), f = slope(v);
+      const Both x = both(v);
+      s += x.e;
+      t += x.w;
+      if (weighted_out) store(weighted_out + i, x.w * f);
+      store(out + i, x.e * f);
+    }
+  } else {
+    for (int64_t i = 0; i < whole; i += L) {
+      const Both x = both(load(z + i));
+      s += x.e;
+      t += x.w;
+      if (weighted_out) store(weighted_out + i, x.w);
+      store(out + i, x.e);
+    }
+  }
+  if (rest) {
+    s += only_end<F>(end.e, rest);
+    t += only_end<F>(end.w, rest);
+    if (weighted_out) store_end(weighted_out, count, rest, end.w * end_slope);
+    store_end(out, count, rest, end.e * end_slope);
+  }
+  return {sum_lanes<F>(s), sum_lanes<F>(t)};
+}
+
+template <class F, class Map>
+SPECS_INLINE void map(const F* x, int64_t count, F* out, const Map& f) {
+  constexpr int L = kLanes<F>;
+  const int64_t rest = count % L, whole = count - rest;
+  Vec<F> end{};
+  if (rest) end = f(load_end(x, count, rest, F(0)));
+  for (int64_t i = 0; i < whole; i += L) store(out + i, (Vec<F>)f(load(x + i)));
+  if (rest) store_end(out, count, rest, end);
+}
+
+template <class F>
+void subtract(const F* z, int64_t count, F reference, F* out) {
+  map<F>(z, count, out, [&](Vec<F> v) __attribute__((always_inline)) { return v - reference; });
+}
+
+template <class F, bool ENTROPY, bool CAP>
+SPECS_INLINE void gradient_of(const F* y, int64_t count, const RowGradient<F>& given, F* dx) {
+  const RowGradient<F> row = given;
+  map<F>(y, count, dx, [&](Vec<F> v) __attribute__((always_inline)) {
+    const Vec<F> d = v + row.shift;
+    Vec<F> factor = splat<F>(row.base);
+    if (ENTROPY) factor -= row.entropy * larger<F>(splat<F>(kFloor), d);
+    if (CAP) {
+      const Vec<F> tanh = (v + row.above) * row.tanh_scale;
+      factor *= 1 - tanh * tanh;
+    }
+    return vexp_bounded(d) * factor;
+  });
+}
+
+template <class F>
+void gradient(const F* y, int64_t count, const RowGradient<F>& row, F* dx) {
+  if (row.tanh_scale != 0) {
+    if (row.has_entropy) gradient_of<F, true, true>(y, count, row, dx);
+    else gradient_of<F, false, true>(y, count, row, dx);
+  } else if (row.has_entropy) gradient_of<F, true, false>(y, count, row, dx);
+  else gradient_of<F, false, false>(y, count, row, dx);
+}
+
+// Half precision, one number at a time: branch-free, so the compiler makes vectors of it.
+
+SPECS_INLINE uint32_t bits(float x) { return __builtin_bit_cast(uint32_t, x); }
+SPECS_INLINE float number(uint32_t x) { return __builtin_bit_cast(float, x); }
+
+inline void from_bfloat16(const uint16_t* x, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = number((uint32_t)x[i] << 16);
+}
+
+inline void to_bfloat16(const float* x, int64_t count, uint16_t* out) {
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t u = bits(x[i]);
+    const uint32_t nearest = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    out[i] = (uint16_t)((u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 | (u >> 16) : nearest);
+  }
+}
+
+inline void from_float16(const uint16_t* x, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t sign = (uint32_t)(x[i] & 0x8000) << 16, rest = (uint32_t)(x[i] & 0x7fff) << 13;
+    // Exponents of fp16 are 112 below those of fp32; multiplying by 2^112 is exact, for subnormal numbers too.
+    const uint32_t scaled = bits(number(rest) * 0x1p112f);
+    out[i] = number(sign | (rest >= 0x0f800000 ? rest | 0x7f800000 : scaled));
+  }
+}
+
+inline void to_float16(const float* x, int64_t count, uint16_t* out) {
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t u = bits(x[i]), size = u & 0x7fffffff, sign = (u >> 16) & 0x8000;
+    // Below 2^-14 the unit is 2^-24: adding 0.5 rounds to it. Above, round the 13 bits that go, ties to even.
+    const uint32_t small = bits(number(size) + 0.5f) - 0x3f000000;
+    const uint32_t normal = (size - 0x38000000 + 0xfff + ((size >> 13) & 1)) >> 13;
+    uint32_t h = size < 0x38800000 ? small : normal;
+    h = size >= 0x477ff000 ? 0x7c00 : h;  // 65520 and above
+    h = size > 0x7f800000 ? 0x7e00 : h;
+    out[i] = (uint16_t)(sign | h);
+  }
+}
+
+extern const RowPassKernels<float> row_pass_kernels_float;
+extern const RowPassKernels<double> row_pass_kernels_double;
+extern const HalfKernels half_kernels;
+const RowPassKernels<float> row_pass_kernels_float = {maximum<float>, scores<float>, sums<float>, weights<float>, subtract<float>, gradient<float>};
+const RowPassKernels<double> row_pass_kernels_double = {
+    maximum<double>, scores<double>, sums<double>, weights<double>, subtract<double>, gradient<double>};
+const HalfKernels half_kernels = {from_bfloat16, to_bfloat16, from_float16, to_float16};
+
+}  // namespace SPECS_ISA
+}  // namespace specs

@@ -1,0 +1,2 @@
+#define SPECS_ISA portable
+#include "row_pass_kernel.h"
