@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 _ROOT = Path(__file__).resolve().parents[1]
+_MODIFIED = ("status", "--porcelain", "-uno", "--", ".", ":(exclude)bench/results", ":(exclude)docs")
+"""What a run writes is no change of what it measures."""
 
 
 def provenance() -> dict[str, Any]:
@@ -22,7 +24,7 @@ def provenance() -> dict[str, Any]:
     packages = ("torch", "transformers", "numpy", "triton")
     return {
         "command": " ".join([_program(), *sys.argv[1:]]),
-        "commit": _git("rev-parse", "HEAD") + (" (modified)" if _git("status", "--porcelain", "-uno") else ""),
+        "commit": _git("rev-parse", "HEAD") + (" (modified)" if _git(*_MODIFIED) else ""),
         "hardware": {
             "cpu": cpu_name(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
