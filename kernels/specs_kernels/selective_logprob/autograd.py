@@ -71,6 +71,8 @@ class SelectiveLogprob(torch.autograd.Function):
         grad = module.backward(
             logits.detach(), target, temperature, ignore_index, module.Statistics(*statistics), *grads, out=out
         )
+        if out is not None:  # a kernel's write is not seen by autograd
+            torch.autograd.graph.increment_version(out)
         return (grad,) + (None,) * 6
 
 
