@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import os
 import platform
+import runpy
 import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+PACKAGE = Path("kernels/specs_kernels")
 SWITCH = os.environ.get("SPECS_FAST_NATIVE", "")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 # PyTorch 2.11, the oldest one supported: the library uses nothing newer, and one build runs on every later version.
@@ -38,14 +40,16 @@ class BuildNative(build_ext):
     """Compiles each source for the instruction set its name ends with, and lives with a missing compiler."""
 
     def run(self) -> None:
+        in_place = self.inplace
         try:
             super().run()
         except Exception as error:
             if SWITCH == "1":
                 raise
             print(f"warning: the native CPU library was not built: {error}", file=sys.stderr)
-            for extension in self.extensions:
-                Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
+            stale = [Path(self.get_ext_fullpath(extension.name)) for extension in self.extensions]
+            for path in [*stale, *(PACKAGE / path.name for path in stale if in_place)]:
+                path.unlink(missing_ok=True)
 
     def copy_extensions_to_source(self) -> None:
         if all(
@@ -56,13 +60,15 @@ class BuildNative(build_ext):
     def build_extension(self, extension: Extension) -> None:
         from torch.utils.cpp_extension import include_paths, library_paths
 
+        fingerprint = runpy.run_path(str(PACKAGE / "native.py"))["fingerprint"](Path("csrc"))
+        macros = [("TORCH_TARGET_VERSION", TARGET_VERSION), ("SPECS_FINGERPRINT", f"{fingerprint}LL")]
         objects: list[str] = []
         for source in extension.sources:
             isa = Path(source).stem.rsplit("_", 1)[-1]
             objects += self.compiler.compile(
                 [source],
                 output_dir=self.build_temp,
-                macros=[("TORCH_TARGET_VERSION", TARGET_VERSION), *([("SPECS_X86", "1")] if X86 else [])],
+                macros=[*macros, *([("SPECS_X86", "1")] if X86 else [])],
                 include_dirs=include_paths("cpu"),
                 extra_postargs=[*FLAGS, *ISA_FLAGS.get(isa, [])],
                 depends=extension.depends,

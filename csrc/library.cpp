@@ -24,6 +24,9 @@ namespace {
 
 int64_t native_isa() { return static_cast<int64_t>(current_isa()); }
 
+// Of the sources, so that Python does not run a library built from others (native.py).
+int64_t native_fingerprint() { return SPECS_FINGERPRINT; }
+
 // For tests: use at most this instruction set. Returns what will be used.
 int64_t native_limit_isa(int64_t isa) {
   STD_TORCH_CHECK(isa >= 0 && isa <= static_cast<int64_t>(Isa::avx512), "isa must be 0 (portable), 1 (avx2) or 2 (avx512)");
@@ -36,10 +39,12 @@ int64_t native_limit_isa(int64_t isa) {
 
 STABLE_TORCH_LIBRARY(specs_kernels, m) {
   m.def("native_isa() -> int");
+  m.def("native_fingerprint() -> int");
   m.def("native_limit_isa(int isa) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(specs_kernels, CompositeExplicitAutograd, m) {
   m.impl("native_isa", TORCH_BOX(&specs::native_isa));
+  m.impl("native_fingerprint", TORCH_BOX(&specs::native_fingerprint));
   m.impl("native_limit_isa", TORCH_BOX(&specs::native_limit_isa));
 }

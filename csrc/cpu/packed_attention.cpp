@@ -84,7 +84,7 @@ struct Plan {
       for (int64_t i = 0; i < count; ++i) {  // of equal size, give or take a token
         const int64_t begin = run.start + length * i / count, end = run.start + length * (i + 1) / count;
         int64_t keys = run.position + (end - run.start);
-        if (window > 0) keys = std::min(keys, window + (end - begin));
+        if (window > 0 && window < keys) keys = std::min(keys, window + (end - begin));
         tiles.push_back({{r, begin, end}, keys * (end - begin)});
         longest_tile = std::max(longest_tile, end - begin);
       }
@@ -257,6 +257,9 @@ bool is_double(const Tensor& x) {
   return dtype == torch::headeronly::ScalarType::Double;
 }
 
+// Nothing is read of an empty tensor, whatever its strides.
+bool last_is_contiguous(const Tensor& x) { return x.size(0) == 0 || x.stride(2) == 1; }
+
 // The public Python function has checked shapes, dtypes and devices with messages for people; these hold what memory safety needs.
 void check(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& visible_from, const Tensor& runs) {
   const bool shapes = query.dim() == 3 && key.dim() == 3 && value.dim() == 3 && key.size(0) == query.size(0) && value.size(0) == query.size(0) &&
@@ -265,7 +268,7 @@ void check(const Tensor& query, const Tensor& key, const Tensor& value, const Te
   STD_TORCH_CHECK(shapes, "packed_attention native: query [T, H, D], key and value [T, Hkv, D], D a multiple of 16, H of Hkv");
   STD_TORCH_CHECK(key.scalar_type() == query.scalar_type() && value.scalar_type() == query.scalar_type(), "packed_attention native: one dtype");
   STD_TORCH_CHECK(
-      query.stride(2) == 1 && key.stride(2) == 1 && value.stride(2) == 1, "packed_attention native: the last dimension must be contiguous");
+      last_is_contiguous(query) && last_is_contiguous(key) && last_is_contiguous(value), "packed_attention native: the last dimension must be contiguous");
   STD_TORCH_CHECK(
       visible_from.dim() == 1 && visible_from.size(0) == query.size(0) && visible_from.is_contiguous() &&
           visible_from.scalar_type() == torch::headeronly::ScalarType::Int,
@@ -274,11 +277,16 @@ void check(const Tensor& query, const Tensor& key, const Tensor& value, const Te
       runs.dim() == 2 && runs.size(1) == 4 && runs.is_contiguous() && runs.scalar_type() == torch::headeronly::ScalarType::Long,
       "packed_attention native: runs must be int64 [runs, 4]");
   const Run* r = static_cast<const Run*>(runs.const_data_ptr());
-  int64_t covered = 0;
+  int64_t covered = 0, root = 0;
   for (int64_t i = 0; i < runs.size(0); ++i) {
     STD_TORCH_CHECK(
         r[i].start == covered && r[i].end >= r[i].start && r[i].parent >= -1 && r[i].parent < i && (i > 0 || r[i].parent == -1),
         "packed_attention native: runs must cover the row in order, each below an earlier one");
+    const Run* above = r[i].parent < 0 ? nullptr : r + r[i].parent;
+    if (!above) root = i;
+    STD_TORCH_CHECK(
+        (!above || r[i].parent >= root) && r[i].position == (above ? above->position + (above->end - above->start) : 0),
+        "packed_attention native: a run must be below one of its own tree, its position the next one");
     covered = r[i].end;
   }
   STD_TORCH_CHECK(covered == query.size(0), "packed_attention native: runs must cover every token");
@@ -302,7 +310,7 @@ std::tuple<Tensor, Tensor, Tensor> packed_attention_backward(
   check(query, key, value, visible_from, runs);
   for (const Tensor* x : {&grad_out, &out}) {
     const bool same = x->dim() == 3 && x->size(0) == query.size(0) && x->size(1) == query.size(1) && x->size(2) == query.size(2) &&
-                      x->stride(2) == 1 && x->scalar_type() == query.scalar_type();
+                      last_is_contiguous(*x) && x->scalar_type() == query.scalar_type();
     STD_TORCH_CHECK(same, "packed_attention native: grad_out and out must be like query, the last dimension contiguous");
   }
   for (const Tensor* x : {&lse, grad_lse ? &*grad_lse : &lse}) {

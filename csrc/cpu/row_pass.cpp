@@ -1,7 +1,8 @@
 // The row passes of linear_logprob and selective_logprob on CPU: checks, threads, and how a row is cut.
 //
 // A task is a few rows of a tile. A row goes through the first-level cache in pieces of kPieceColumns (whole, where what is written
-// depends on the maximum of all of it); pieces are merged in order, so a row's result depends on its values only. Rows in half precision
+// depends on the maximum of all of it); pieces are merged in order, so a row's result depends on its values only, and with tiles of at most
+// one piece not on what is written. Rows in half precision
 // or with a stride between columns are widened piece by piece into a buffer of the worker, which also holds scores where they differ
 // from the products.
 
@@ -200,26 +201,17 @@ struct State {
   F *maximum, *total, *weighted, *target;
 };
 
-// Sums around `reference` of some columns join the state, which is empty where `fresh`.
+// Sums of some columns around `top`, the maximum with them, join the state, which is empty where `fresh`.
 template <class F>
-void merge(const State<F>& state, int64_t row, bool fresh, F top, F reference, ScoreSums<F> sums) {
-  const F floor = static_cast<F>(kFloor);
-  if (fresh) {
-    state.maximum[row] = top;
-    state.total[row] = sums.total;
-    if (state.weighted) state.weighted[row] = sums.weighted;
-    return;
+void merge(const State<F>& state, int64_t row, bool fresh, F top, ScoreSums<F> sums) {
+  if (!fresh) {
+    const F shift = state.maximum[row] - top, scale = std::exp(shift);
+    if (state.weighted) sums.weighted += scale * (state.weighted[row] + (shift < kFloor ? kFloor : shift) * state.total[row]);
+    sums.total += scale * state.total[row];
   }
-  const F old_shift = state.maximum[row] - top, new_shift = reference - top;
-  const F old_scale = std::exp(old_shift), new_scale = std::exp(new_shift);
-  const auto at_least_floor = [&](F x) { return x < floor ? floor : x; };
-  if (state.weighted) {
-    const F old_part = state.weighted[row] + at_least_floor(old_shift) * state.total[row];
-    const F new_part = sums.weighted + at_least_floor(new_shift) * sums.total;
-    state.weighted[row] = old_scale * old_part + new_scale * new_part;
-  }
-  state.total[row] = old_scale * state.total[row] + new_scale * sums.total;
   state.maximum[row] = top;
+  state.total[row] = sums.total;
+  if (state.weighted) state.weighted[row] = sums.weighted;
 }
 
 template <class F>
@@ -267,7 +259,7 @@ void stats(
           if (weights) {
             F* out = first_out.room(row, begin, buffer.data());
             F* out2 = weighted_out ? second_out.room(row, begin, buffer2.data()) : nullptr;
-            merge(state, row, fresh, all, all, kernel.weights(z, count, all, scores.tanh_scale(row), out, out2));
+            merge(state, row, fresh, all, kernel.weights(z, count, all, scores.tanh_scale(row), out, out2));
             if (here) out[place] = 0;
             if (here && out2) out2[place] = 0;
             first_out.write(row, begin, count, out);
@@ -275,14 +267,12 @@ void stats(
             offset[row] = old - all;
             continue;
           }
-          // The kept scores are around the maximum of their own tile, where rounding is finest.
-          const F reference = keep ? top : all;
-          merge(state, row, fresh, all, reference, kernel.sums(z, count, reference, state.weighted != nullptr));
-          if (keep) {
+          merge(state, row, fresh, all, kernel.sums(z, count, all, state.weighted != nullptr));
+          if (keep) {  // around the maximum of their own tile, where rounding is finest
             F* out = kept.room(row, begin, buffer.data());
-            kernel.subtract(z, count, reference, out);
+            kernel.subtract(z, count, top, out);
             kept.write(row, begin, count, out);
-            offset[row] = reference;
+            offset[row] = top;
           }
         }
       }

@@ -40,6 +40,21 @@ SPECS_INLINE Vec<F> only_end(Vec<F> v, int64_t rest) {
   return lane >= first ? v : Vec<F>{};
 }
 
+// v, rounded: what is added to it does not become part of one fused multiply-add, whatever else the compiler sees done with v.
+template <class F>
+SPECS_INLINE Vec<F> rounded(Vec<F> v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__x86_64__)
+  asm("" : "+x"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#else
+  asm("" : "+m"(v));
+#endif
+  return v;
+}
+
 template <class F>
 F maximum(const F* z, int64_t count) {
   constexpr int L = kLanes<F>;
@@ -91,86 +106,63 @@ F scores(const F* x, const F* bias, F cap, F inverse, int64_t count, F* z) {
   return cap > 0 ? scores_of<F, true>(x, bias, cap, inverse, count, z) : scores_of<F, false>(x, bias, cap, inverse, count, z);
 }
 
-template <class F, bool WEIGHTED>
-SPECS_INLINE ScoreSums<F> sums_of(const F* z, int64_t count, F maximum) {
+// Sums over z in one fixed order: vectors alternate between two accumulators. visit(first column, z, e, e d, rest) sees every vector,
+// with e = exp(d) and d = z - m; rest is 0 but for the row's end, which it sees last though it was read first.
+template <class F, bool WEIGHTED, class Visit>
+SPECS_INLINE ScoreSums<F> sum_and_visit(const F* z, int64_t count, F maximum, const Visit& visit) {
   constexpr int L = kLanes<F>;
   Vec<F> s[2] = {}, t[2] = {};
-  const auto take = [&](Vec<F> v, Vec<F>& total, Vec<F>& weighted) __attribute__((always_inline)) {
-    const Vec<F> d = v - maximum, e = vexp_bounded(d);
+  const int64_t rest = count % L, whole = count - rest;
+  const Vec<F> end = rest ? load_end(z, count, rest, -(F)__builtin_inff()) : Vec<F>{};
+  const auto take = [&](int64_t column, Vec<F> v, Vec<F>& total, Vec<F>& weighted, int64_t part) __attribute__((always_inline)) {
+    const Vec<F> d = v - maximum, e = vexp_bounded(d), w = WEIGHTED ? rounded<F>(e * larger<F>(splat<F>(kFloor), d)) : Vec<F>{};
     total += e;
-    if (WEIGHTED) weighted += e * larger<F>(splat<F>(kFloor), d);
+    if (WEIGHTED) weighted += w;
+    visit(column, v, e, w, part);
   };
   int64_t i = 0;
-  for (; i + 2 * L <= count; i += 2 * L) {
-    take(load(z + i), s[0], t[0]);
-    take(load(z + i + L), s[1], t[1]);
+  for (; i + 2 * L <= whole; i += 2 * L) {
+    take(i, load(z + i), s[0], t[0], 0);
+    take(i + L, load(z + i + L), s[1], t[1], 0);
   }
-  if (i + L <= count) {
-    take(load(z + i), s[0], t[0]);
-    i += L;
-  }
-  if (i < count) {
+  if (i < whole) take(i, load(z + i), s[0], t[0], 0);
+  if (rest) {
     Vec<F> total{}, weighted{};
-    take(load_end(z, count, count - i, -(F)__builtin_inff()), total, weighted);
-    s[1] += only_end<F>(total, count - i);
-    t[1] += only_end<F>(weighted, count - i);
+    take(0, end, total, weighted, rest);
+    s[1] += only_end<F>(total, rest);
+    t[1] += only_end<F>(weighted, rest);
   }
   return {sum_lanes<F>(s[0] + s[1]), WEIGHTED ? sum_lanes<F>(t[0] + t[1]) : F(0)};
 }
 
 template <class F>
 ScoreSums<F> sums(const F* z, int64_t count, F maximum, bool weighted) {
-  return weighted ? sums_of<F, true>(z, count, maximum) : sums_of<F, false>(z, count, maximum);
+  const auto nothing = [](int64_t, Vec<F>, Vec<F>, Vec<F>, int64_t) __attribute__((always_inline)) {};
+  return weighted ? sum_and_visit<F, true>(z, count, maximum, nothing) : sum_and_visit<F, false>(z, count, maximum, nothing);
+}
+
+template <class F, bool CAP>
+SPECS_INLINE ScoreSums<F> weights_of(const F* z, int64_t count, F maximum, F tanh_scale, F* out, F* weighted_out) {
+  return sum_and_visit<F, true>(z, count, maximum, [&](int64_t column, Vec<F> v, Vec<F> e, Vec<F> w, int64_t rest) __attribute__((always_inline)) {
+    if (CAP) {
+      const Vec<F> tanh = v * tanh_scale, slope = 1 - tanh * tanh;
+      e *= slope;
+      w *= slope;
+    }
+    if (rest) {
+      store_end(out, count, rest, e);
+      if (weighted_out) store_end(weighted_out, count, rest, w);
+    } else {
+      store(out + column, e);
+      if (weighted_out) store(weighted_out + column, w);
+    }
+  });
 }
 
 template <class F>
 ScoreSums<F> weights(const F* z, int64_t count, F maximum, F tanh_scale, F* out, F* weighted_out) {
-  constexpr int L = kLanes<F>;
-  Vec<F> s{}, t{};
-  struct Both {
-    Vec<F> e, w;
-  };
-  const auto both = [&](Vec<F> v) __attribute__((always_inline)) {
-    const Vec<F> d = v - maximum, e = vexp_bounded(d);
-    return Both{e, e * larger<F>(splat<F>(kFloor), d)};
-  };
-  const auto slope = [&](Vec<F> v) __attribute__((always_inline)) {
-    const Vec<F> tanh = v * tanh_scale;
-    return 1 - tanh * tanh;
-  };
-  const int64_t rest = count % L, whole = count - rest;
-  Both end{};
-  Vec<F> end_slope{};
-  if (rest) {
-    const Vec<F> v = load_end(z, count, rest, -(F)__builtin_inff());
-    end = both(v);
-    end_slope = tanh_scale != 0 ? slope(v) : splat<F>(F(1));
-  }
-  if (tanh_scale != 0) {
-    for (int64_t i = 0; i < whole; i += L) {
-      const Vec<F> v = load(z + i), f = slope(v);
-      const Both x = both(v);
-      s += x.e;
-      t += x.w;
-      if (weighted_out) store(weighted_out + i, x.w * f);
-      store(out + i, x.e * f);
-    }
-  } else {
-    for (int64_t i = 0; i < whole; i += L) {
-      const Both x = both(load(z + i));
-      s += x.e;
-      t += x.w;
-      if (weighted_out) store(weighted_out + i, x.w);
-      store(out + i, x.e);
-    }
-  }
-  if (rest) {
-    s += only_end<F>(end.e, rest);
-    t += only_end<F>(end.w, rest);
-    if (weighted_out) store_end(weighted_out, count, rest, end.w * end_slope);
-    store_end(out, count, rest, end.e * end_slope);
-  }
-  return {sum_lanes<F>(s), sum_lanes<F>(t)};
+  return tanh_scale != 0 ? weights_of<F, true>(z, count, maximum, tanh_scale, out, weighted_out)
+                         : weights_of<F, false>(z, count, maximum, tanh_scale, out, weighted_out);
 }
 
 template <class F, class Map>

@@ -35,6 +35,7 @@ struct Simd<float> {
   typedef float Vec __attribute__((vector_size(kVectorBytes)));
   typedef float Unaligned __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
   typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
 };
 
 template <>
@@ -42,6 +43,7 @@ struct Simd<double> {
   typedef double Vec __attribute__((vector_size(kVectorBytes)));
   typedef double Unaligned __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
   typedef int64_t Int __attribute__((vector_size(kVectorBytes)));
+  typedef uint64_t Bits __attribute__((vector_size(kVectorBytes)));
 };
 
 template <class F>
@@ -109,8 +111,8 @@ SPECS_INLINE Vec<float> vexp_bounded(Vec<float> x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  typedef Simd<float>::Int Int;
-  Vec<float> power = (Vec<float>)(((Int)shifted << 23) + 0x3f800000);
+  typedef Simd<float>::Bits Bits;
+  Vec<float> power = (Vec<float>)(((Bits)shifted << 23) + 0x3f800000u);
   p = p * power;
   return x < -87.3365447f ? Vec<float>{} : p;
 }

@@ -1,7 +1,8 @@
 // C[M, N] (+)= A[M, K] B[K, N] for operands that sit in cache: M, K of a few dozen, N a multiple of the vector width.
 //
 // A is read one scalar at a time at A[m * am + k * ak], so it may be a transpose; B and C have contiguous rows. Every element of C is one
-// sum over k in order, whatever M and N are: results do not depend on how a caller cuts its tiles.
+// sum over k in order, whatever M and N are, and meets what C held at its end: over many calls the error grows with their number, not
+// with the number of terms.
 
 #pragma once
 
@@ -17,13 +18,8 @@ constexpr int max_rows(int vectors) { return kVectorBytes == 64 ? (vectors == 4 
 template <class F, int ROWS, int VECTORS, bool UNIT>
 SPECS_INLINE void multiply_block(int64_t K, const F* A, int64_t am, int64_t ak, const F* B, int64_t ldb, F* C, int64_t ldc, bool add) {
   Vec<F> sum[ROWS][VECTORS];
-  if (add) {
-    for (int m = 0; m < ROWS; ++m)
-      for (int n = 0; n < VECTORS; ++n) sum[m][n] = load(C + m * ldc + n * kLanes<F>);
-  } else {
-    for (int m = 0; m < ROWS; ++m)
-      for (int n = 0; n < VECTORS; ++n) sum[m][n] = Vec<F>{};
-  }
+  for (int m = 0; m < ROWS; ++m)
+    for (int n = 0; n < VECTORS; ++n) sum[m][n] = Vec<F>{};
   for (int64_t k = 0; k < K; ++k) {
     Vec<F> row[VECTORS];
 #pragma GCC unroll 4
@@ -36,7 +32,10 @@ SPECS_INLINE void multiply_block(int64_t K, const F* A, int64_t am, int64_t ak, 
     }
   }
   for (int m = 0; m < ROWS; ++m)
-    for (int n = 0; n < VECTORS; ++n) store(C + m * ldc + n * kLanes<F>, sum[m][n]);
+    for (int n = 0; n < VECTORS; ++n) {
+      F* at = C + m * ldc + n * kLanes<F>;
+      store(at, add ? load(at) + sum[m][n] : sum[m][n]);
+    }
 }
 
 template <class F, int ROWS, int VECTORS, bool UNIT>

@@ -61,7 +61,7 @@ def unavailable(backend: str, device: torch.device | str = "cpu") -> str | None:
     if backend == "triton":
         return _triton_missing(kind)
     if backend == "native":
-        if kind not in ("cpu", "meta"):
+        if kind != "cpu":
             return f"the native backend runs on CPU tensors, not on {kind}"
         return native.missing()
     return None

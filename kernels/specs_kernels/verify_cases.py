@@ -7,7 +7,7 @@ dtype in ordinary PyTorch. Its error against fp64 is the yardstick for the error
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -66,10 +66,10 @@ def invariance_cases(op: str, device: torch.device, seed: int) -> Iterator[Invar
     generator = torch.Generator().manual_seed(seed)
     if op not in ("linear_logprob", "selective_logprob"):
         return
-    count = 300
+    count, _ = _affordable(op, device, 300, 0)
     batches = tuple(
         torch.tensor(index)
-        for index in ([0], [count - 1], [7, 3, 150], list(range(1, count)), list(range(0, count, 2)))
+        for index in ([0], [count - 1], [7, 3, count // 2], list(range(1, count)), list(range(0, count, 2)))
     )
     for dim, vocab in ((64, 1000), (33, 4500)):
         inputs = {
@@ -115,13 +115,14 @@ def _targets(generator: torch.Generator, count: int, vocab_size: int, device: to
 def _affordable(op: str, device: torch.device, rows: int, vocab: int) -> tuple[int, int]:
     """Triton's interpreter takes milliseconds per row and tile; where it runs, cases are smaller but still several tiles."""
     if device.type == "cpu" and "triton" in backends(op, device):
-        return min(rows, 70), min(vocab, 2100)
+        return min(rows, 170), min(vocab, 2100)
     return rows, vocab
 
 
 @dataclass(frozen=True)
 class _Head:
-    """One case of a head. mode: arguments that choose it; the reference has no modes. frozen: the weight gets no gradient."""
+    """One case of a head. mode: arguments that choose it; the reference has no modes. frozen: the weight gets no gradient.
+    cached_rows: targets whose scores a cache may hold."""
 
     name: str
     rows: int
@@ -134,6 +135,15 @@ class _Head:
     temperature: float | None = 1.0
     sharpness: float = 1.0
     mode: dict[str, Any] = field(default_factory=dict)
+    cached_rows: int = 0
+
+    def modes(self, backend: str, dtype: torch.dtype) -> dict[str, Any]:
+        """The arguments that choose the mode."""
+        if backend == "reference":
+            return {}
+        if self.cached_rows:
+            return {"mode": "cache", "logit_cache_bytes": self.cached_rows * self.vocab * dtype.itemsize}
+        return self.mode
 
     def inputs(self, generator: torch.Generator) -> Tensors:
         inputs = {
@@ -162,7 +172,7 @@ _HEADS = (
     _Head("recompute, many tiles", 700, 32, 4500, temperature=0.7, mode={"mode": "recompute"}),
     _Head("softcap, bias, rows", 200, 48, 501, softcap=3.0, bias=True, temperature=1.3),
     _Head("lora, temperatures", 200, 48, 501, lora=True, temperature=None, mode={"mode": "recompute", "compact": True}),
-    _Head("partly cached", 400, 48, 2500, mode={"mode": "cache", "logit_cache_bytes": 4 * 150 * 2500}),
+    _Head("partly cached", 400, 48, 2500, cached_rows=130),
     _Head("frozen", 300, 48, 2500, softcap=8.0, frozen=True, mode={"mode": "frozen"}),
     _Head("frozen, confident", 200, 64, 1000, sharpness=6.0, frozen=True, mode={"mode": "frozen"}),
 )
@@ -170,6 +180,8 @@ _HEADS = (
 
 def _linear_logprob_cases(generator: torch.Generator, device: torch.device) -> Iterator[Case]:
     for head in _HEADS:
+        rows, vocab = _affordable("linear_logprob", device, head.rows, head.vocab)
+        head = replace(head, rows=rows, vocab=vocab)
         inputs = head.inputs(generator)
         target = _targets(generator, head.rows, head.vocab, device)
         shared = torch.randint(0, head.rows, (head.rows,), generator=generator).to(device) if head.bias else None
@@ -198,7 +210,7 @@ def _linear_logprob_cases(generator: torch.Generator, device: torch.device) -> I
                     return_entropy=True,
                     rows=source,
                     backend=backend,
-                    **({} if backend == "reference" else head.mode),
+                    **head.modes(backend, x["hidden"].dtype),
                 )
             )
 
@@ -220,8 +232,10 @@ def _linear_logprob_cases(generator: torch.Generator, device: torch.device) -> I
 def _linear_loss_cases(generator: torch.Generator, device: torch.device) -> Iterator[Case]:
     for head, workspace_rows in (
         (_Head("one chunk", 300, 64, 117), 1024),
-        (_Head("many chunks, softcap, lora", 700, 48, 2500, softcap=5.0, lora=True), 256),
+        (_Head("many chunks, softcap, lora", 700, 48, 2500, softcap=5.0, lora=True), 128),
     ):
+        rows, vocab = _affordable("linear_loss", device, head.rows, head.vocab)
+        head = replace(head, rows=rows, vocab=vocab)
         inputs = head.inputs(generator)
         target = _targets(generator, head.rows, head.vocab, device)
         weights = torch.randn(head.rows, generator=generator).to(device)

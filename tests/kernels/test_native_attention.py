@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from packed_forests import Forest, forests
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode, UnsupportedOperatorException
 
 from specs_kernels import PackedLayout, native, packed_attention
 from specs_kernels.packed_attention.native import forest_runs
@@ -70,6 +71,23 @@ def test_fp32_error_is_within_twice_that_of_plain_pytorch(instruction_set: str, 
     for mine, torchs, truth in zip(ours, plain, exact, strict=True):
         error, allowed = (mine - truth).norm(), 2 * (torchs - truth).norm() + 1e-6 * truth.norm()
         assert error <= allowed
+
+
+def test_sums_over_many_queries_and_keys_are_as_exact_as_plain_pytorchs(instruction_set: str) -> None:
+    """Terms of one sign: one running sum over 1,500 keys, or 12,000 queries, would lose an order of magnitude."""
+    layout = PackedLayout.from_segments([1500], [-1])
+    query, key, value = inputs_of(layout, 8, 1, 16, torch.float32)
+    with torch.no_grad():
+        query.mul_(0.1), value.add_(1.0)
+
+    def run(inputs: list[Tensor], backend: str) -> list[Tensor]:
+        out = packed_attention(*inputs, layout, backend=backend)
+        return [out.detach(), *torch.autograd.grad(out.sum(), inputs[2])]
+
+    exact = run([x.detach().double().requires_grad_() for x in (query, key, value)], "chunked")
+    plain, ours = run([query, key, value], "reference"), run([query, key, value], "native")
+    for mine, torchs, truth in zip(ours, plain, exact, strict=True):
+        assert (mine - truth).norm() <= 2 * (torchs - truth).norm()
 
 
 @pytest.mark.parametrize("sharpness", [0.0, 1.0, 30.0, 1e4])
@@ -162,12 +180,48 @@ def test_ten_thousand_segments() -> None:
     assert torch.equal(out[-20:], packed_attention(*last, small, backend="native"))
 
 
+@pytest.mark.parametrize("head_dim", [8, 16])
+def test_an_empty_row_of_any_strides_has_empty_gradients(head_dim: int) -> None:
+    layout = PackedLayout.from_segments([0], [-1])
+    rows = torch.empty(0, 2, 2 * head_dim)[..., ::2].requires_grad_()
+    out, lse = packed_attention(rows, rows, rows, layout, return_lse=True, backend="native")
+    (grad,) = torch.autograd.grad(out.sum() + lse.sum(), rows)
+    assert out.shape == grad.shape == (0, 2, head_dim)
+
+
+def test_a_layout_met_while_tracing_still_serves_real_tensors() -> None:
+    layout = PackedLayout.from_segments([5, 3], [-1, 0])
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(UnsupportedOperatorException):
+        packed_attention(*(torch.zeros(8, 1, 16) for _ in range(3)), layout, backend="native")
+    with torch.device("meta"):
+        out = packed_attention(*(torch.zeros(8, 1, 16, device="cpu") for _ in range(3)), layout, backend="native")
+    assert out.device.type == "cpu" and not out.any()
+
+
+@pytest.mark.parametrize("head_dim", [8, 16])
+def test_outputs_are_contiguous_and_writing_into_them_is_safe(head_dim: int) -> None:
+    layout = PackedLayout.from_segments([5, 3], [-1, 0])
+    inputs = inputs_of(layout, 2, 1, head_dim, torch.float32)
+    expected = torch.autograd.grad((packed_attention(*inputs, layout, backend="native") * 2).sum(), inputs)
+    out = packed_attention(*inputs, layout, backend="native")
+    assert out.is_contiguous()
+    total = out.mul_(2).sum()
+    if head_dim == 16:  # the backward needs it
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(total, inputs)
+    else:
+        assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(total, inputs), expected, strict=True))
+
+
 def test_ops_refuse_what_would_read_out_of_bounds() -> None:
     query = torch.randn(4, 2, 16)
     seen = torch.arange(4, dtype=torch.int32)
     op = torch.ops.specs_kernels.packed_attention_forward
     for runs in ([[0, 5, -1, 0]], [[0, 2, -1, 0], [3, 4, -1, 0]], [[0, 4, 0, 0]], [[0, 4, -2, 0]]):
         with pytest.raises(RuntimeError, match="runs must cover"):
+            op(query, query, query, seen, torch.tensor(runs), 1.0, 0.0, 0)
+    for runs in ([[0, 1, -1, 0], [1, 2, -1, 0], [2, 4, 0, 1]], [[0, 2, -1, 0], [2, 4, 0, 1]], [[0, 4, -1, 9]]):
+        with pytest.raises(RuntimeError, match="a run must be below one of its own tree, its position the next one"):
             op(query, query, query, seen, torch.tensor(runs), 1.0, 0.0, 0)
     with pytest.raises(RuntimeError, match="D a multiple of 16"):
         op(

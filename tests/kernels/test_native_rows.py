@@ -158,6 +158,25 @@ def test_unnormalised_weights_in_tiles(instruction_set: str, option: str) -> Non
         torch.testing.assert_close(state.maximum + state.total.log(), torch.logsumexp(z, 1), atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("option", OPTIONS)
+def test_the_state_has_the_same_bits_whatever_is_written(instruction_set: str, option: str) -> None:
+    for columns in (3, 37, 130, 2048):
+        x = normal(4, columns, dtype=torch.float32)
+        target = torch.tensor([columns - 1, 0, NO_TARGET, 1])
+        states = [empty_state(4, torch.float32) for _ in range(4)]
+        for first in range(0, columns, 100):
+            part = slice(first, first + 100)
+            transform = cut(transforms(4, columns, torch.float32)[option], part)
+            tile, out = x[:, part], torch.empty(2, 4, len(range(columns)[part]))
+            ROWS.stats(tile, target, first, transform, states[0])
+            ROWS.stats(tile, target, first, transform, states[1], keep_RC=out[0].bfloat16())
+            ROWS.stats_exp(tile.clone(), target, first, transform, states[2], out[0], None)
+            ROWS.stats_exp(tile.clone(), target, first, transform, states[3], out[0], out[1])
+        for state in states[1:]:
+            for name in RowState.__slots__:
+                assert torch.equal(getattr(state, name), getattr(states[0], name))
+
+
 @pytest.mark.parametrize("sharpness", [1e-3, 1.0, 10.0, 100.0])
 @pytest.mark.parametrize("shift", [0.0, -1e4, 1e4])
 def test_fp32_error_is_within_twice_that_of_plain_pytorch(instruction_set: str, sharpness: float, shift: float) -> None:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from specs_kernels import linear_logprob, linear_loss
+from specs_kernels import linear_logprob, linear_loss, selective_logprob
 from specs_kernels.linear_logprob import library
 from specs_kernels.linear_logprob.autograd import Inputs, Options
+from specs_kernels.selective_logprob import autograd as selective
 
 DIM, VOCAB = 4, 11
 
@@ -127,3 +128,35 @@ def test_fake_tensors_get_shapes_without_values() -> None:
         result = linear_logprob(hidden, weight, target, return_entropy=True)
     assert [tuple(values.shape) for values in result if values is not None] == [(9,)] * 3
     assert result.logp.requires_grad and result.logp.dtype == torch.float32
+
+
+@pytest.mark.parametrize("entropy", [True, False])
+def test_opcheck_of_selective_logprob(entropy: bool) -> None:
+    _, _, target = make(9)
+    logits = torch.randn(9, VOCAB, dtype=torch.float64, requires_grad=True)
+    torch.library.opcheck(selective.OPERATOR, (logits, target, None, 0.7, -100, entropy, True, "auto"))
+
+
+def test_selective_logprob_under_compile() -> None:
+    torch._dynamo.reset()
+    compiled_for: list[int] = []
+
+    def backend(graph: Any, example: Any) -> Any:
+        compiled_for.append(n)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, example)
+
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        result = selective_logprob(2 * logits, target, return_entropy=True)
+        assert result.entropy is not None
+        return result.logp.sum() - result.entropy.sum()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=backend)
+    for n in (5, 9, 33):
+        logits, target = torch.randn(n, VOCAB, requires_grad=True), make(n)[2]
+        ours, exact = (torch.autograd.grad(f(logits, target), logits)[0] for f in (compiled, loss))
+        torch.testing.assert_close(ours, exact)
+    assert set(compiled_for) == {5}
+    with pytest.raises(Exception, match="in_place=True overwrites its input"):
+        torch.compile(
+            lambda z: selective_logprob(z * 1, target, in_place=True).logp, fullgraph=True, backend="aot_eager"
+        )(logits)

@@ -297,6 +297,14 @@ def test_short_only_children_join_their_parent_and_long_segments_are_cut_outside
 LAYOUT = PackedLayout.from_segments([3], [-1])
 
 
+@each_backend
+@pytest.mark.parametrize("window", [3, 2**31, 2**63 - 1, 2**70])
+def test_a_window_beyond_every_path_is_no_window(backend: str, window: int) -> None:
+    inputs = [torch.randn(3, 2, 8) for _ in range(3)]
+    plain = packed_attention(*inputs, LAYOUT, backend=backend)
+    assert torch.equal(packed_attention(*inputs, LAYOUT, window=window, backend=backend), plain)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -313,6 +321,9 @@ LAYOUT = PackedLayout.from_segments([3], [-1])
         ({"layout": LAYOUT.to("meta")}, "layout on meta"),
         ({"scale": float("nan")}, "scale must be a finite number"),
         ({"softcap": 0.0}, "softcap must be a finite number above 0"),
+        ({"softcap": 1e-46}, "softcap 1e-46: the sums are float32"),
+        ({"softcap": 1e39}, r"softcap 1e\+39: the sums are float32"),
+        ({"scale": -1e39}, r"scale is -1e\+39 and softcap None: the sums are float32"),
         ({"window": 0}, "window must be an int of at least 1"),
         ({"window": 2.0}, "window must be an int of at least 1"),
         ({"backend": "flash"}, "packed_attention has no backend 'flash' here; allowed: 'auto'"),

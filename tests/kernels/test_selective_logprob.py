@@ -124,3 +124,75 @@ def test_errors_name_the_argument_and_its_value(changes: dict[str, Any], message
     arguments: dict[str, Any] = {"logits": torch.zeros(3, 4), "target": torch.tensor([0, 1, 2]), **changes}
     with pytest.raises(ValueError, match=message):
         selective_logprob(arguments.pop("logits"), arguments.pop("target"), **arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_in_place_overwrites_the_logits_with_the_same_gradient(dtype: torch.dtype) -> None:
+    leaf, target = make_inputs(6, 9, dtype)
+    target[2] = -100
+    expected = torch.autograd.grad(selective_logprob(leaf, target, return_entropy=True).logp.sum(), leaf)[0]
+    logits = leaf * 1.0
+    result = selective_logprob(logits, target, return_entropy=True, in_place=True).logp.sum()
+    (grad,) = torch.autograd.grad(result, logits, retain_graph=True)
+    assert grad.data_ptr() == logits.data_ptr() and torch.equal(grad, expected)
+    with pytest.raises(RuntimeError, match="has overwritten its logits; a second backward needs in_place=False"):
+        torch.autograd.grad(result, logits)
+
+
+def test_in_place_reaches_the_layers_below() -> None:
+    hidden, target = make_inputs(6, 9)
+    weight = torch.randn(9, 9, dtype=torch.float64)
+    grads = [
+        torch.autograd.grad(selective_logprob(hidden @ weight, target, in_place=flag).logp.sum(), hidden)[0]
+        for flag in (False, True)
+    ]
+    assert torch.equal(*grads)
+
+
+def test_in_place_is_refused_where_it_would_do_harm() -> None:
+    leaf, target = make_inputs(3, 5)
+    with pytest.raises(ValueError, match="in_place=True would overwrite a leaf"):
+        selective_logprob(leaf, target, in_place=True)
+    with pytest.raises(ValueError, match="needs logits without shared memory; got strides"):
+        selective_logprob((leaf[:1] * 1.0).expand(3, 5), target, in_place=True)
+    with pytest.raises(ValueError, match="backend='reference' differentiates by autograd"):
+        selective_logprob(leaf * 1.0, target, in_place=True, backend="reference")
+    squared = leaf * leaf
+    kept = squared.exp()  # saves its result, not its input
+    selective_logprob(squared, target, in_place=True).logp.sum().backward(retain_graph=True)
+    assert torch.isfinite(kept).all()
+    other = leaf * 1.0
+    needs_values = (other**2).sum()
+    torch.autograd.grad(selective_logprob(other, target, in_place=True).logp.sum(), other)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        needs_values.backward()
+
+
+@pytest.mark.parametrize("what", ["target", "temperature"])
+def test_masked_bad_values_give_nan_in_their_own_row_only(what: str) -> None:
+    logits, target = make_inputs(4, 5)
+    temperature = torch.tensor([1.0, 2.0, 0.5, 1.0])
+    exact = selective_logprob(logits, target, temperature=temperature, return_entropy=True)
+    if what == "target":
+        target = target.masked_fill(torch.arange(4) == 1, 77)
+    else:
+        temperature[1] = -1.0
+    result = selective_logprob(logits, target, temperature=temperature, return_entropy=True, validate=False)
+    good = torch.tensor([True, False, True, True])
+    for ours, expected in zip(result, exact, strict=True):
+        assert ours is not None and torch.isnan(ours[1])
+        assert torch.equal(ours[good], expected[good])
+    (grad,) = torch.autograd.grad(result.logp.sum(), logits)
+    assert torch.equal(grad[1], torch.zeros(5, dtype=torch.float64)) and torch.isfinite(grad).all()
+
+
+def test_rows_beyond_two_to_the_31_entries_are_read_and_written_in_their_own_place() -> None:
+    """Offsets in 64 bits, shown without the memory: a row stride of 2^31 entries over pages that are never touched."""
+    stride, vocab = (1 << 31) + 8, 5
+    storage = torch.empty(2 * stride, dtype=torch.bfloat16)
+    logits = storage.as_strided((2, vocab), (stride, 1))
+    values = torch.randn(2, vocab).bfloat16()
+    logits.copy_(values)
+    target = torch.tensor([1, 4])
+    result = selective_logprob(logits, target, return_entropy=True)
+    assert torch.equal(result.logp, selective_logprob(values, target).logp)

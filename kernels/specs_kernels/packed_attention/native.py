@@ -52,7 +52,9 @@ def forest_runs(layout: PackedLayout) -> Tensor:
                 run_ends.append(subtree_end)
             start += length
         with torch.inference_mode(False):  # the first call may be a rollout's, the next one a training step's
-            runs = layout.cache["packed_attention.native"] = torch.tensor(rows, dtype=torch.int64).view(-1, 4)
+            runs = torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 4)
+        if type(runs) is Tensor:  # not a tracer's stand-in
+            layout.cache["packed_attention.native"] = runs
     return runs
 
 
@@ -63,6 +65,11 @@ def _rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if padding:
         return F.pad(tensor, (0, padding))
     return tensor if tensor.stride(2) == 1 else tensor.contiguous()
+
+
+def _unpadded(rows: Tensor, head_dim: int) -> Tensor:
+    """Never a view: a caller may write into an output that is not saved."""
+    return rows if rows.shape[2] == head_dim else rows[..., :head_dim].contiguous()
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -88,8 +95,7 @@ class _PackedAttention(torch.autograd.Function):
         )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*rows, padded_out, lse)
-        out = padded_out[..., : query.shape[2]].to(query.dtype)
-        return (out.clone() if out is padded_out else out), lse
+        return _unpadded(padded_out, query.shape[2]).to(query.dtype), lse
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -111,7 +117,7 @@ class _PackedAttention(torch.autograd.Function):
                 forest_runs(ctx.layout),
                 *ctx.options,
             )
-            dquery, dkey, dvalue = (grad[..., : ctx.head_dim].to(ctx.dtype) for grad in grads)
+            dquery, dkey, dvalue = (_unpadded(grad, ctx.head_dim).to(ctx.dtype) for grad in grads)
         return dquery, dkey, dvalue, None, None, None, None
 
 

@@ -14,6 +14,7 @@ from specs_kernels.layout import PackedLayout
 from specs_kernels.packed_attention.chunked import packed_attention_chunked
 from specs_kernels.packed_attention.native import packed_attention_native
 from specs_kernels.packed_attention.reference import packed_attention_reference
+from specs_kernels.softmax import accumulation_dtype
 
 _RUN = {
     "reference": packed_attention_reference,
@@ -105,6 +106,14 @@ def packed_attention(
         checks.check_positive("softcap", softcap)
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
         raise ValueError(f"window must be an int of at least 1 (it counts the token itself) or None; got {window!r}")
+    limits = torch.finfo(accumulation_dtype(query.dtype))
+    if abs(scale) > limits.max or (softcap is not None and not limits.tiny <= softcap <= limits.max):
+        raise ValueError(
+            f"scale is {scale} and softcap {softcap}: the sums are {limits.dtype}, which needs |scale| <= {limits.max:.4g} "
+            f"and softcap from {limits.tiny:.4g} to {limits.max:.4g}"
+        )
+    if window is not None and window >= num_tokens:
+        window = None  # no path is longer than the row
     run = _RUN[choose("packed_attention", backend, query.device).backend]
     with torch.autocast(query.device.type, enabled=False):
         out, lse = run(query, key, value, layout, float(scale), softcap, window)
