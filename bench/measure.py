@@ -136,9 +136,9 @@ def peak_bytes(function: Callable[[], Any], device: torch.device) -> int | None:
 
 
 MEMORY_NOTE = (
-    "extra: the most that PyTorch's allocations of one call hold at a time beyond its inputs and the gradients it returns, from "
-    "the profiler's record; peak: all that a call holds beyond its inputs, gradients included (CPU: resident memory of the process, "
-    "reset before the call, freed heap returned first; GPU: PyTorch's allocator)"
+    "extra: the most that PyTorch's allocations of one call hold at a time beyond its inputs and the gradients it returns, "
+    "from the profiler's record; peak: all that a call holds beyond its inputs, gradients included (CPU: resident memory of "
+    "the process, reset before the call, freed heap returned first; GPU: PyTorch's allocator)"
 )
 
 
