@@ -7,6 +7,7 @@ machine does (clocks, other processes) meets all of them.
 from __future__ import annotations
 
 import ctypes
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +15,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile
 
+Outputs = Callable[[], dict[str, torch.Tensor]]
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler reports starts and stops otherwise
 MIN_ROUNDS = 3
 COPY_BYTES = 256 << 20
 """Far beyond the caches of a CPU; a GPU copies more (``copier``)."""
@@ -80,12 +85,38 @@ def interleaved(
     return times
 
 
-def peak_extra_bytes(function: Callable[[], Any], device: torch.device) -> int | None:
-    """The most memory a call holds beyond what is held before it; what it returns is part of it.
+def held_beyond_gradients(function: Outputs, device: torch.device) -> tuple[int | None, dict[str, torch.Tensor]]:
+    """The most that PyTorch's allocations of one call hold at a time, the returned gradients ("d ...") left out; and the outputs.
 
-    CUDA: PyTorch's allocator. CPU under Linux: peak resident memory of the process (the mark is reset before the call and freed
-    heap is given back first), so scratch of C++ code and of BLAS counts too. The call should have been made once before.
-    None where the system does not tell.
+    From the profiler's record of every allocation and release; None where it holds none.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        outputs = function()
+    events: list[tuple[int, int, int]] = []
+    pending = list(record.profiler.kineto_results.experimental_event_tree())  # type: ignore[union-attr]
+    while pending:
+        event = pending.pop()
+        pending += event.children
+        if event.tag == _EventType.Allocation and event.extra_fields.device.type == device.type:
+            events.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+    if not events:
+        return None, outputs
+    gradients = {x.untyped_storage().data_ptr() for name, x in outputs.items() if name.startswith("d ")}
+    held = peak = 0
+    events.sort()
+    made = {pointer: index for index, (_, pointer, size) in enumerate(events) if size > 0 and pointer in gradients}
+    for index, (_, pointer, size) in enumerate(events):
+        if made.get(pointer) != index:
+            held += size
+            peak = max(peak, held)
+    return peak, outputs
+
+
+def peak_bytes(function: Callable[[], Any], device: torch.device) -> int | None:
+    """The most memory a call holds beyond what is held before it, what it returns included. It should have been called before.
+
+    CUDA: PyTorch's allocator. CPU under Linux: resident memory of the process (the mark is reset before the call and freed heap
+    is given back first), so scratch of C++ code and of BLAS counts too. None where the system does not tell.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -104,11 +135,11 @@ def peak_extra_bytes(function: Callable[[], Any], device: torch.device) -> int |
     return max(0, peak - held)
 
 
-MEMORY_NOTE = {
-    "cuda": "peak of PyTorch's allocator during one call, beyond what was allocated before it and the gradients it returns",
-    "cpu": "peak resident memory of the process during one call (VmHWM, reset before it, freed heap returned first), beyond "
-    "what was resident before it and the gradients it returns; every arm has run before",
-}
+MEMORY_NOTE = (
+    "extra: the most that PyTorch's allocations of one call hold at a time beyond its inputs and the gradients it returns, "
+    "from the profiler's record; peak: all that a call holds beyond its inputs, gradients included (CPU: resident memory of "
+    "the process, reset before the call, freed heap returned first; GPU: PyTorch's allocator)"
+)
 
 
 def _reset_resident_peak() -> bool:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from bench.machine import OtherLoad, provenance
-from bench.measure import MEMORY_NOTE, Times, copier, interleaved, peak_extra_bytes
+from bench.measure import MEMORY_NOTE, Times, copier, held_beyond_gradients, interleaved, peak_bytes
 from bench.section import Arm, Case, Goal, Section, version
 from bench.tables import goal_line, section_table
 
@@ -114,10 +114,12 @@ def measure(
             row["not_run"] = arm.why_not
             continue
         try:
-            outputs = arm.run()
+            extra, outputs = held_beyond_gradients(arm.run, device)
             row["error"] = errors(outputs if arm.check is None else arm.check(outputs), exact)
             del outputs
-            row["extra_mib"] = extra_mib(arm.run, device)
+            if device.type == "cuda":  # what a first call tries out is not what it needs
+                extra, _ = held_beyond_gradients(arm.run, device)
+            row["extra_mib"], row["peak_mib"] = mib(extra), mib(peak_bytes(arm.run, device))
         except Exception as error:  # a peer's failure is a result
             row["not_run"] = f"raised {type(error).__name__}: {first_line(error)}"
             continue
@@ -147,7 +149,7 @@ def measure(
         "shape": case.shape,
         "measured": provenance(),
         "cores_busy_with_other_processes": load,
-        "memory": MEMORY_NOTE[device.type],
+        "memory": MEMORY_NOTE,
         "bare_milliseconds": {name: round(1e3 * value, 4) for name, value in bare.items()},
         "copy_gb_per_s": round(bandwidth / 1e9, 2),
         "useful_flop": section.flop,
@@ -197,18 +199,8 @@ def _distance(value: Tensor, exact: Tensor) -> float:
     return sum(float((a.double() - b.double()).norm()) ** 2 for a, b in pieces) ** 0.5
 
 
-def extra_mib(function: Callable[[], dict[str, Tensor]], device: torch.device) -> float | None:
-    """Peak memory of a call beyond what was there and the gradients it returns, in MiB."""
-    returned = 0
-
-    def call() -> dict[str, Tensor]:
-        nonlocal returned
-        outputs = function()
-        returned = sum(x.numel() * x.element_size() for name, x in outputs.items() if name.startswith("d "))
-        return outputs
-
-    peak = peak_extra_bytes(call, device)
-    return None if peak is None else round(max(0, peak - returned) / 2**20, 1)
+def mib(size: int | None) -> float | None:
+    return None if size is None else round(size / 2**20, 1)
 
 
 def chosen(cases: Sequence[Case], texts: Sequence[str] | None) -> list[Case]:

@@ -26,7 +26,7 @@ def section_table(section: dict[str, Any]) -> str:
     with_flop, with_bare = bool(section["useful_flop"]), any("times_bare" in row for row in measured)
     header = ["arm", "ms", "p20–p80"]
     header += ["TFLOP/s"] * with_flop + ["of the bare parts"] * with_bare + ["of copy"] * bool(section["useful_bytes"])
-    header += ["extra MiB", *(f"error {name}" for name in names)]
+    header += ["extra MiB", "peak MiB", *(f"error {name}" for name in names)]
     lines = []
     for row in measured:
         times = row["milliseconds"]
@@ -37,7 +37,7 @@ def section_table(section: dict[str, Any]) -> str:
             cells.append(f"{row['times_bare']:.2f}x of {len(row['bare'])}" if "times_bare" in row else "")
         if section["useful_bytes"]:
             cells.append(f"{100 * row['of_copy_bandwidth']:.0f} %")
-        cells.append("" if row["extra_mib"] is None else f"{row['extra_mib']:,.0f}")
+        cells += ["" if row[key] is None else f"{row[key]:,.0f}" for key in ("extra_mib", "peak_mib")]
         cells += [f"{row['error'][name]:.1e}" if name in row["error"] else "" for name in names]
         lines.append(cells)
     notes = [f"{row['arm']}: {row['note']}." for row in measured if "note" in row]

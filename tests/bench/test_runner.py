@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import run as runner
-from bench.measure import MIN_ROUNDS, Times, interleaved, peak_extra_bytes
+from bench.measure import MIN_ROUNDS, Times, held_beyond_gradients, interleaved, peak_bytes
 from bench.section import Arm, Case, Goal, Section
 from bench.tables import section_table
 from specs_fast import cli
@@ -90,20 +90,26 @@ def test_percentiles_of_times() -> None:
     assert Times.of([2.0]) == Times(2.0, 2.0, 2.0, 1)
 
 
+def temporary_and_gradient() -> dict[str, torch.Tensor]:
+    torch.ones(16 << 20).sum()  # 64 MiB
+    gradient = torch.ones(8 << 20)  # 32 MiB
+    torch.ones(4 << 20).sum()  # 16 MiB
+    return {"d weight": gradient}
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads /proc")
 def test_peak_memory_counts_what_is_freed_within_the_call() -> None:
-    def call() -> torch.Tensor:
-        torch.ones(16 << 20).sum()  # 64 MiB
-        return torch.ones(2 << 20)
-
-    call()
-    peak = peak_extra_bytes(call, CPU)
-    assert peak is not None and 60 << 20 < peak < 80 << 20
+    temporary_and_gradient()
+    peak = peak_bytes(temporary_and_gradient, CPU)
+    assert peak is not None and 60 << 20 < peak < 90 << 20
 
 
-def test_returned_gradients_do_not_count_as_extra_memory() -> None:
-    extra = runner.extra_mib(lambda: {"d weight": torch.ones(16 << 20)}, CPU)
-    assert extra is None or extra < 4
+def test_extra_memory_is_the_most_held_beyond_the_returned_gradients() -> None:
+    extra, outputs = held_beyond_gradients(temporary_and_gradient, CPU)
+    assert extra is not None and 64 << 20 <= extra < 65 << 20
+    assert set(outputs) == {"d weight"}
+    extra, _ = held_beyond_gradients(lambda: {"d weight": torch.ones(16 << 20)}, CPU)
+    assert extra is not None and extra < 1 << 20
 
 
 def stored(*rows: dict[str, Any], name: str = "s") -> dict[str, Any]:
