@@ -109,4 +109,6 @@ def test_verify_says_when_results_depend_on_the_batch(
     assert results and all(result.passed and not result.note and result.error == 0 for result in results)
     monkeypatch.setattr(chunked.TorchRowPass, "stats", uneven)
     results = [result for result in verify.verify(["linear_logprob"]) if result.backend == "chunked"]
-    assert results and all(result.passed and "depend on the batch" in result.note and result.error > 0 for result in results)
+    assert results and all(
+        result.passed and "depend on the batch" in result.note and result.error > 0 for result in results
+    )

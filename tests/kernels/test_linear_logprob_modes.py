@@ -177,7 +177,10 @@ def test_the_mode_follows_gradients_budgets_and_arguments() -> None:
         ({"mode": "forward"}, "mode='forward' passes no gradient but an input requires one"),
         ({"mode": "frozen"}, "mode='frozen' gives no gradient to the head but weight requires one"),
         ({"mode": "cache"}, "mode='cache' needs logit_cache_bytes"),
-        ({"mode": "cache", "logit_cache_bytes": 8}, "logit_cache_bytes=8 holds no block of scores; 2 targets take 80 bytes"),
+        (
+            {"mode": "cache", "logit_cache_bytes": 8},
+            "logit_cache_bytes=8 holds no block of scores; 2 targets take 80 bytes",
+        ),
         ({"mode": "recompute", "logit_cache_bytes": 8}, "mode='recompute' keeps no scores; drop logit_cache_bytes=8"),
         ({"logit_cache_bytes": -1}, "logit_cache_bytes must be an int of at least 0; got -1"),
         ({"logit_cache_bytes": 1.5}, "logit_cache_bytes must be an int of at least 0; got 1.5"),

@@ -31,6 +31,33 @@ def validate_values(logits: Tensor, target: Tensor, temperature: float | Tensor,
     checks.check_temperature(temperature, target.shape[0], kept)
 
 
+def set_aside(
+    logits: Tensor, target: Tensor, temperature: float | Tensor, ignore_index: int
+) -> tuple[Tensor, float | Tensor, Tensor]:
+    """Target and temperature in which bad rows are ignored ones, and which rows are bad; waits for nothing."""
+    bad = (target != ignore_index) & ((target < 0) | (target >= logits.shape[1]))
+    if isinstance(temperature, Tensor):
+        bad = bad | ((target != ignore_index) & ~((temperature > 0) & torch.isfinite(temperature)))
+        temperature = torch.where(bad, 1.0, temperature)
+    return torch.where(bad, ignore_index, target), temperature, bad
+
+
+def _forward_values(
+    module: Any,
+    logits: Tensor,
+    target: Tensor,
+    temperature: float | Tensor,
+    ignore_index: int,
+    entropy: bool,
+    bad: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor, Any]:
+    logp, entropies, lse, statistics = module.forward(logits, target, temperature, ignore_index, entropy)
+    if bad is not None:
+        logp, lse = logp.masked_fill(bad, torch.nan), lse.masked_fill(bad, torch.nan)
+        entropies = None if entropies is None else entropies.masked_fill(bad, torch.nan)
+    return logp, entropies, lse, statistics
+
+
 class SelectiveLogprob(torch.autograd.Function):
     """logits ``[N, V]`` -> logp, entropy, lse ``[N]``. in_place: the backward overwrites the logits with their gradient."""
 
@@ -43,10 +70,15 @@ class SelectiveLogprob(torch.autograd.Function):
         ignore_index: int,
         return_entropy: bool,
         in_place: bool,
+        validated: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        module = backend_module(backend)
-        logp, entropy, lse, statistics = module.forward(logits, target, temperature, ignore_index, return_entropy)
+        module, bad = backend_module(backend), None
+        if not validated:
+            target, temperature, bad = set_aside(logits, target, temperature, ignore_index)
+        logp, entropy, lse, statistics = _forward_values(
+            module, logits, target, temperature, ignore_index, return_entropy, bad
+        )
         ctx.set_materialize_grads(False)
         per_target = temperature if isinstance(temperature, Tensor) else None
         ctx.save_for_backward(logits, target, per_target, *statistics)
@@ -63,7 +95,7 @@ class SelectiveLogprob(torch.autograd.Function):
             )
         logits, target, per_target, *statistics = ctx.saved_tensors
         if all(grad is None for grad in grads):
-            return (None,) * 7
+            return (None,) * 8
         module, temperature, ignore_index = ctx.arguments
         temperature = temperature if per_target is None else per_target
         ctx.spent = ctx.in_place
@@ -71,7 +103,11 @@ class SelectiveLogprob(torch.autograd.Function):
         grad = module.backward(
             logits.detach(), target, temperature, ignore_index, module.Statistics(*statistics), *grads, out=out
         )
-        return (grad,) + (None,) * 6
+        if out is not None:  # a kernel's write is not seen by autograd
+            torch.autograd.graph.increment_version(out)
+        if out is not None:
+            torch.autograd.graph.increment_version(out)  # so that autograd sees it whatever wrote it
+        return (grad,) + (None,) * 7
 
 
 _INPUTS = "Tensor logits, Tensor target, Tensor? temperatures"
@@ -98,10 +134,14 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, ...]:
     scale: float | Tensor = temperature if temperatures is None else temperatures
+    bad = None
     if validate:
         validate_values(logits, target, scale, ignore_index)
+    else:
+        target, scale, bad = set_aside(logits, target, scale, ignore_index)
     module = backend_module(choose("selective_logprob", backend, logits.device).backend)
-    logp, entropies, lse, (maximum, log_total, mean) = module.forward(logits, target, scale, ignore_index, entropy)
+    logp, entropies, lse, statistics = _forward_values(module, logits, target, scale, ignore_index, entropy, bad)
+    maximum, log_total, mean = statistics
     nothing = logp.new_empty(0)
     return (
         logp,
@@ -129,7 +169,7 @@ def _forward_fake(
 
 
 def _backward(*arguments: Any) -> Tensor:
-    grads, (logits, target, temperatures, temperature, ignore_index, entropy, _, backend) = (
+    grads, (logits, target, temperatures, temperature, ignore_index, entropy, validate, backend) = (
         arguments[:3],
         arguments[3:11],
     )
@@ -137,6 +177,8 @@ def _backward(*arguments: Any) -> Tensor:
     module = backend_module(choose("selective_logprob", backend, logits.device).backend)
     statistics = module.Statistics(maximum, log_total, mean if entropy else None)
     scale = temperature if temperatures is None else temperatures
+    if not validate:
+        target, scale, _ = set_aside(logits, target, scale, ignore_index)
     grad: Tensor = module.backward(logits, target, scale, ignore_index, statistics, *grads)
     return grad
 

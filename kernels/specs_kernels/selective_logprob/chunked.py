@@ -1,8 +1,8 @@
 """``selective_logprob`` in plain PyTorch: rows in tiles of at most ``TILE_BYTES``, fp32 (fp64) statistics.
 
 The backward forms the gradient of the logits tile by tile from the saved logits and three numbers per row; nothing else
-of size ``[N, V]`` is allocated. Deterministic; a row's result does not depend on the other rows. A target outside [0, V) or a
-temperature that is not above 0 gives NaN in its own row, and a gradient of 0.
+of size ``[N, V]`` is allocated. Deterministic; a row's result does not depend on the other rows. Values are in range here:
+``autograd.py`` checks them or sets bad rows aside as ignored ones.
 
 Letters: N targets, V vocabulary, R rows of a tile.
 """
@@ -29,23 +29,20 @@ class Statistics(NamedTuple):
 
 
 class _Plan:
-    """Which rows are worked on. On CPU those that are good; elsewhere all, with bad ones replaced by zeros unread."""
+    """Which rows are worked on. On CPU those that count; elsewhere all, with zeros for the others."""
 
     def __init__(
         self, logits: Tensor, target: Tensor, temperature: float | Tensor, ignore_index: int, dtype: torch.dtype
     ) -> None:
-        vocab_size = logits.shape[1]
-        counts = target != ignore_index
-        good = counts & (target >= 0) & (target < vocab_size)
-        if isinstance(temperature, Tensor):
-            good = good & (temperature > 0) & torch.isfinite(temperature)
-            temperature = torch.where(good, temperature, 1.0).to(dtype)
-        self.logits, self.good, self.bad, self.dtype = logits, good, counts & ~good, dtype
-        self.target = torch.where(good, target, 0).long()
-        self.temperature = temperature
+        self.logits, self.dtype = logits, dtype
+        self.good = target != ignore_index
+        self.target = torch.where(self.good, target, 0).long()
+        self.temperature = (
+            torch.where(self.good, temperature, 1.0).to(dtype) if isinstance(temperature, Tensor) else temperature
+        )
         self.index: Tensor | None = None
-        if logits.device.type == "cpu" and not bool(good.all()):
-            self.index = good.nonzero().squeeze(1)
+        if logits.device.type == "cpu" and not bool(self.good.all()):
+            self.index = self.good.nonzero().squeeze(1)
         self.masked = logits.device.type != "cpu"
 
     @property
@@ -72,7 +69,7 @@ class _Plan:
         return z_RV if self.temperature == 1.0 else z_RV.div_(self.temperature)
 
     def outputs(self, values: Tensor) -> Tensor:
-        return torch.where(self.good, values, 0.0).masked_fill_(self.bad, torch.nan)
+        return torch.where(self.good, values, 0.0)
 
 
 def forward(

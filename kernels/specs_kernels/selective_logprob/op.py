@@ -86,7 +86,9 @@ def selective_logprob(
         if validate:
             validate_values(logits, target, temperature, ignore_index)
         return TokenLogprobs(
-            *SelectiveLogprob.apply(logits, target, temperature, ignore_index, return_entropy, in_place, chosen)
+            *SelectiveLogprob.apply(
+                logits, target, temperature, ignore_index, return_entropy, in_place, validate, chosen
+            )
         )
 
 
