@@ -13,7 +13,7 @@ AXES = {"N": "N, tokens", "V": "V, vocabulary"}
 def plot(result: dict[str, Any], path: Path) -> None:
     """Two rows (time against the bare GEMMs that the task needs, extra memory), a column per swept letter. Ours are drawn thick.
 
-    Time is divided by the three (or however many) bare parts of the section, so that slopes of the GEMMs drop out.
+    Time is divided by the bare parts of the section, each once, so that the slope of the GEMMs drops out; milliseconds without.
     """
     import matplotlib
 
@@ -44,9 +44,14 @@ def plot(result: dict[str, Any], path: Path) -> None:
         fixed = "V" if letter == "N" else "N"
         shape = members[0]["shape"]
         axes[0, column].set_title(
-            f"{shape['task']}, {shape['dtype']}, D = {shape['D']}, {fixed} = {shape[fixed]:,}", fontsize=10
+            ", ".join(
+                [shape["task"], shape["dtype"], *(f"{key} = {shape[key]:,}" for key in ("D", fixed) if key in shape)]
+            ),
+            fontsize=10,
         )
-        axes[0, column].set_ylabel("time / bare GEMMs of the task")
+        axes[0, column].set_ylabel(
+            "time / bare GEMMs of the task" if members[0]["bare_milliseconds"] else "milliseconds"
+        )
         axes[1, column].set_ylabel("extra memory, MiB")
         for axis in axes[:, column]:
             axis.set_xscale("log", base=2)
@@ -77,11 +82,12 @@ def family(sections: Sequence[dict[str, Any]], letter: str) -> list[dict[str, An
 
 
 def times(sections: Sequence[dict[str, Any]], letter: str, arm: str) -> list[tuple[int, float]]:
+    """Times over the section's bare parts; milliseconds where it has none."""
     points = []
     for section in sections:
-        bare = sum(section["bare_milliseconds"].values())
+        bare = sum(section["bare_milliseconds"].values()) or 1.0
         for row in section["rows"]:
-            if row["arm"] == arm and "milliseconds" in row and bare:
+            if row["arm"] == arm and "milliseconds" in row:
                 points.append((section["shape"][letter], row["milliseconds"]["median"] / bare))
     return points
 

@@ -2,7 +2,7 @@
 
     python -m bench.tables
 
-rewrites everything between ``<!-- bench: OP DEVICE -->`` and ``<!-- end -->`` in the page.
+rewrites everything between ``<!-- bench: OP DEVICE -->`` and ``<!-- end -->`` in the page, with the plot where there is one.
 """
 
 from __future__ import annotations
@@ -99,9 +99,11 @@ def page(text: str) -> str:
     """The page with its tables as the committed JSON has them."""
 
     def block(match: re.Match[str]) -> str:
-        path = RESULTS / match[3] / f"{match[2]}.json"
+        path, picture = RESULTS / match[3] / f"{match[2]}.json", f"bench-{match[2]}-{match[3]}.png"
         body = "Not measured.\n" if not path.is_file() else document(json.loads(path.read_text(encoding="utf-8")))
-        return f"{match[1]}{body}{match[4]}"
+        if path.is_file() and (PAGE.parent / picture).is_file():
+            body = f"![Time and memory over N and V]({picture})\n\n{body}"
+        return f"{match[1]}{body}{match[5]}"
 
     return _BLOCK.sub(block, text)
 
