@@ -18,6 +18,7 @@ def interpreted(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("test_*.py")), ids=lambda path: path.stem)
 def test_kernels_under_the_interpreter(path: Path) -> None:
     options = ["--confcutdir", str(FOLDER), "-p", "no:cacheprovider", "--import-mode=importlib"]

@@ -30,6 +30,11 @@ _STATS_SUB = 4
 _WRITE_WARPS = 4
 
 
+def _dense(vector: Tensor | None) -> Tensor | None:
+    """Callers slice targets and biases out of strided tensors, and PyTorch expands the gradient of a sum from one number."""
+    return None if vector is None else vector.contiguous()
+
+
 def _row_stride(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.stride(0)
 
@@ -84,8 +89,8 @@ class TritonRowPass:
             x_RC.device,
             num_warps=_STATS_WARPS,
             x=x_RC,
-            target=target_R,
-            bias=transform.bias_C,
+            target=_dense(target_R),
+            bias=_dense(transform.bias_C),
             inverse_temperature=inverse,
             maximum=state.maximum,
             total=state.total,
@@ -167,15 +172,15 @@ class TritonRowPass:
         arguments: dict[str, Any] = {
             "x": x_RC,
             "dx": dx_RC,
-            "target": target_R,
-            "bias": transform.bias_C,
+            "target": _dense(target_R),
+            "bias": _dense(transform.bias_C),
             "inverse_temperature": inverse,
-            "maximum": gradients.maximum,
-            "log_total": gradients.log_total,
-            "base": gradients.base,
-            "grad_entropy": gradients.entropy,
-            "grad_logp": gradients.target,
-            "offset": offset_R,
+            "maximum": _dense(gradients.maximum),
+            "log_total": _dense(gradients.log_total),
+            "base": _dense(gradients.base),
+            "grad_entropy": _dense(gradients.entropy),
+            "grad_logp": _dense(gradients.target),
+            "offset": _dense(offset_R),
         }
         launch(
             dscores_kernel,

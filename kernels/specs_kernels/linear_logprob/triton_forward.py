@@ -244,7 +244,8 @@ def fused_statistics(
 ) -> None:
     """Fill ``state`` (all columns, see ``row_pass.py``) with ``ceil(V / SLICE) * 4 * N`` numbers of workspace.
 
-    hidden_ND, weight_VD: any strides; fetched by tensor descriptors where aligned (Hopper and later), by pointers otherwise.
+    hidden_ND, weight_VD: any strides; fetched by tensor descriptors where the weight is aligned to 16 bytes and the GPU has
+    them (Hopper and later), by pointers otherwise.
     target_N: int64 in ``[0, V)``, NO_TARGET, or SKIP_ROW; a block of skipped rows is not read. bias_V, inverse_temperature
     ``[N]`` and the state are in the arithmetic dtype. Products are ``factor * hidden @ weight.T``.
     """
@@ -254,11 +255,15 @@ def fused_statistics(
         return
     device, dtype = hidden_ND.device, state.maximum.dtype
     arch = architecture(device)
-    descriptor = arch in ("sm90", "sm100", "interpreter") and _describable(hidden_ND) and _describable(weight_VD)
+    descriptor = arch in ("sm90", "sm100", "interpreter") and _describable(weight_VD)
+    if descriptor and not _describable(hidden_ND):
+        # How a row is computed must not depend on where the batch lies in memory, so the batch moves.
+        hidden_ND = hidden_ND.clone(memory_format=torch.contiguous_format)
     tile = tile_for(arch, weight_VD.dtype, softcap is not None, dim, descriptor)
     slices = triton.cdiv(vocab_size, SLICE)
     inverse, stride_temperature = strided(inverse_temperature, dtype, device)
     scale, _ = strided(factor, dtype, device)
+    target_N = target_N.contiguous()
     partial = torch.empty(slices, 4, num_rows, dtype=dtype, device=device)
     launch(
         fused_forward_kernel,
@@ -268,7 +273,7 @@ def fused_statistics(
         num_stages=tile.stages,
         hidden=_operand(hidden_ND, tile.rows, tile.depth, descriptor),
         weight=_operand(weight_VD, tile.columns, tile.depth, descriptor),
-        bias=bias_V,
+        bias=None if bias_V is None else bias_V.contiguous(),
         target=target_N,
         inverse_temperature=inverse,
         factor=scale,

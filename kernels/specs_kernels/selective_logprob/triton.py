@@ -15,15 +15,13 @@ Letters: N targets, V vocabulary.
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from specs_kernels import checks
-from specs_kernels.results import TokenLogprobs
 from specs_kernels.softmax import accumulation_dtype
 from specs_kernels.triton_common import (
     FLOOR,
@@ -289,37 +287,3 @@ def backward(
             BLOCK=_BACKWARD_WARPS * 32 * 16,
         )
     return grad_logits
-
-
-class _SelectiveLogprob(torch.autograd.Function):
-    """logits ``[N, V]`` -> logp, entropy, lse ``[N]``."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, target: Tensor, temperature: float | Tensor, ignore_index: int, return_entropy: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        logp, entropy, lse, statistics = forward(logits, target, temperature, ignore_index, return_entropy)
-        ctx.set_materialize_grads(False)
-        per_target = temperature if isinstance(temperature, Tensor) else None
-        ctx.save_for_backward(logits, target, per_target, *statistics)
-        ctx.temperature, ctx.ignore_index = temperature if per_target is None else 1.0, ignore_index
-        return logp, entropy, lse
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        checks.refuse_second_derivative("selective_logprob")
-        logits, target, per_target, *statistics = ctx.saved_tensors
-        if all(grad is None for grad in grads):
-            return (None,) * 5
-        temperature = ctx.temperature if per_target is None else per_target
-        grad_logits = backward(logits, target, temperature, ctx.ignore_index, Statistics(*statistics), *grads)
-        return (grad_logits,) + (None,) * 4
-
-
-def selective_logprob_triton(
-    logits: Tensor, target: Tensor, temperature: float | Tensor, ignore_index: int, return_entropy: bool
-) -> TokenLogprobs:
-    """See :func:`specs_kernels.selective_logprob`. Waits for nothing: ignored targets are told apart on the device."""
-    if isinstance(temperature, Tensor):
-        temperature = temperature.detach()
-    return TokenLogprobs(*_SelectiveLogprob.apply(logits, target, temperature, ignore_index, return_entropy))

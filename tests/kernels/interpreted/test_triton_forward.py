@@ -174,6 +174,15 @@ def test_a_row_alone_equals_the_row_in_a_batch_bitwise() -> None:
         assert torch.equal(many[65:66], one) and torch.equal(many, back.flip(0))
 
 
+def test_where_the_batch_lies_in_memory_changes_no_bit() -> None:
+    hidden, weight, target = make_inputs(5, 300, 24, torch.bfloat16)
+    moved = torch.empty(5 * 24 + 1, dtype=torch.bfloat16)[1:].view(5, 24).copy_(hidden)
+    assert moved.data_ptr() % 16 != 0
+    spread = torch.empty(5, 25, dtype=torch.bfloat16)[:, :24].copy_(hidden)
+    for other in (moved, spread, hidden.T.contiguous().T):
+        assert torch.equal(run(other, weight, target).logp, run(hidden, weight, target).logp)
+
+
 def test_entropy_is_optional_and_changes_nothing_else() -> None:
     hidden, weight, target = make_inputs(5, 1500, 30)
     without, with_entropy = run(hidden, weight, target, entropy=False), run(hidden, weight, target)
