@@ -21,4 +21,12 @@ inline Isa detect_isa() {
 // Which one the kernels use: what the processor has, or less when a test asks for it.
 Isa current_isa();
 
+// A table of kernels, declared once in the namespace of every instruction set.
+#if defined(SPECS_X86)
+#define SPECS_BY_ISA(name) \
+  (::specs::current_isa() == ::specs::Isa::avx512 ? avx512::name : ::specs::current_isa() == ::specs::Isa::avx2 ? avx2::name : portable::name)
+#else
+#define SPECS_BY_ISA(name) portable::name
+#endif
+
 }  // namespace specs

@@ -31,13 +31,6 @@ using MaybeTensor = std::optional<Tensor>;
 
 constexpr int64_t kPieceColumns = 2048;
 constexpr int64_t kElementsPerTask = 1 << 15;
-constexpr int64_t kSkipRow = -2;  // row_pass.py
-
-#if defined(SPECS_X86)
-#define SPECS_BY_ISA(name) (current_isa() == Isa::avx512 ? avx512::name : current_isa() == Isa::avx2 ? avx2::name : portable::name)
-#else
-#define SPECS_BY_ISA(name) portable::name
-#endif
 
 template <class F>
 const RowPassKernels<F>& kernels() {

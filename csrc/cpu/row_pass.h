@@ -10,6 +10,9 @@ namespace specs {
 // Stands in for z - m = -inf where it meets a factor exp(z - m) = 0: their product is 0, not NaN.
 constexpr float kFloor = -1e5f;
 
+// In a target vector: the row does not count (row_pass.py).
+constexpr int64_t kSkipRow = -2;
+
 template <class F>
 struct ScoreSums {
   F total;     // s = sum exp(z - m)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from specs_kernels.linear_logprob import native
 from specs_kernels.linear_logprob.chunked import TorchRowPass
+from specs_kernels.linear_logprob.head import Tiling
 from specs_kernels.linear_logprob.native import NativeRowPass
 from specs_kernels.linear_logprob.row_pass import RowPass
 
@@ -18,6 +20,11 @@ def row_pass(backend: str) -> RowPass:
 
         return TritonRowPass()
     raise ValueError(f"backend {backend!r} has no row pass")
+
+
+def offset_tiles(backend: str, vocab_size: int, tiles: Tiling) -> int:
+    """Tiles of columns that have offsets of their own in a cache of shifted scores."""
+    return native.offset_tiles(vocab_size) if backend == "native" else -(-vocab_size // tiles.tile_columns)
 
 
 def keeps_products(backend: str, same_dtype: bool) -> bool:

@@ -46,6 +46,13 @@ def backward_tiles(
     cache_rows: Tensor | None = None,
 ) -> None:
     """Fill ``into``. The cache has the scores of the first rows; ``cache_rows``: their places there, when rows were dropped."""
+    low_grad: Tensor | None = None
+    if rows.low_MK is not None and (into.hidden_MD is not None or into.lora_A is not None):
+        low_grad = torch.zeros(rows.low_MK.shape, dtype=head.dtype, device=target_M.device)
+    if rows.count and row_pass.gradients(rows, head, target_M, gradients_M, into, low_grad, cache, cache_rows):
+        if low_grad is not None:
+            _through_lora_A(head, rows, low_grad, into)
+        return
     cached = 0 if cache is None else (cache.rows if cache_rows is None else cache_rows.shape[0])
     pieces = [(piece, True) for piece in slices(0, cached, tiles.tile_rows)]
     pieces += [(piece, False) for piece in slices(cached, rows.count, tiles.tile_rows)]
@@ -53,9 +60,6 @@ def backward_tiles(
     size = min(tiles.tile_rows, -(-count // tiles.row_block) * tiles.row_block) * tiles.tile_columns
     products = torch.empty(size, dtype=head.dtype, device=device)
     outputs = products if head.operand == head.dtype else torch.empty(size, dtype=head.operand, device=device)
-    low_grad: Tensor | None = None
-    if rows.low_MK is not None and (into.hidden_MD is not None or into.lora_A is not None):
-        low_grad = torch.zeros(rows.low_MK.shape, dtype=head.dtype, device=device)
     weight_sum = _Sum(into.weight, into.accumulate, head.factor, tiles, head.dtype)
     lora_sum = _Sum(into.lora_B, into.accumulate, head.factor, tiles, head.dtype)
     bias_sum = _Sum(into.bias, into.accumulate, head.early, tiles, head.dtype)

@@ -10,8 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from specs_kernels.linear_logprob.head import Head, Rows
-from specs_kernels.linear_logprob.row_pass import RowGradients, RowState, Transform
+from specs_kernels.linear_logprob.row_pass import NothingFused, RowGradients, RowState, Transform
 
 _FLOOR = -1e5
 """Stands in for z - m = -inf where it meets a factor exp(z - m) = 0: their product is 0, not NaN."""
@@ -28,14 +27,11 @@ def _exp(values: Tensor, out: Tensor) -> Tensor:
     return torch.mul(values, _LOG2E, out=out).exp2_()
 
 
-class TorchRowPass:
+class TorchRowPass(NothingFused):
     """Tiles are overwritten in place; one more buffer of a tile's size lives as long as this object."""
 
     def __init__(self) -> None:
         self._buffer: Tensor | None = None
-
-    def statistics(self, rows: Rows, head: Head, target_M: Tensor, state: RowState) -> bool:
-        return False
 
     def _temporary(self, like: Tensor) -> Tensor:
         if self._buffer is None or self._buffer.numel() < like.numel():

@@ -22,7 +22,8 @@ class Cache:
     """Scores of the first rows, for the backward.
 
     scores: ``[P, V]`` with P a multiple of the row block. offsets: per tile of columns ``[P]`` or None: what to add to the
-    scores (``row_pass.py``); None where the cache holds products. rows: how many of the P rows are targets.
+    scores (``row_pass.py``); None where the cache holds products. rows: how many of the P rows are targets. A fused backend
+    uses both as it likes: the same memory in another order, and its offsets in one tensor.
     """
 
     scores: Tensor
@@ -93,7 +94,7 @@ def forward_statistics(
 ) -> Statistics:
     """Statistics of all rows; ``cache`` is filled with the scores of its rows."""
     state = empty_state(rows.count, want_entropy, head.dtype, target_M.device)
-    if rows.count == 0 or (cache is None and row_pass.statistics(rows, head, target_M, state)):
+    if rows.count == 0 or row_pass.statistics(rows, head, target_M, state, cache):
         return _finish(state)
     cached = 0 if cache is None else cache.rows
     pieces = [(piece, True) for piece in slices(0, cached, tiles.tile_rows)]
@@ -168,6 +169,9 @@ def frozen_forward(
     state = empty_state(rows.count, want_entropy, head.dtype, target_M.device)
     width = head.weight_VD.shape[1] + (0 if head.lora_B is None else head.lora_B.shape[1])
     sums = [rows.hidden_MD.new_zeros(rows.count, width, dtype=head.dtype) for _ in range(1 + entropy_grad)]
+    if rows.count and row_pass.sums(rows, head, target_M, state, sums):
+        statistics = _finish(state)
+        return statistics, _frozen_vectors(head, statistics, target_M, sums, vector_dtype)
     buffer, second = _Buffer(head, tiles, rows.count), _Buffer(head, tiles, rows.count if entropy_grad else 0)
     same = head.operand == head.dtype
     for columns in slices(0, head.vocab_size, tiles.tile_columns):

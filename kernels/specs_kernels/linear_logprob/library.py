@@ -16,7 +16,7 @@ from torch import Tensor
 from specs_kernels import checks
 from specs_kernels.dispatch import choose
 from specs_kernels.linear_logprob.autograd import Inputs, Options, Saved, Wanted, backward, forward, targets_of
-from specs_kernels.linear_logprob.backends import keeps_products
+from specs_kernels.linear_logprob.backends import keeps_products, offset_tiles
 from specs_kernels.linear_logprob.forward import Cache, FrozenVectors, Statistics
 from specs_kernels.linear_logprob.head import Tiling, tiling
 from specs_kernels.linear_logprob.row_pass import RowState
@@ -61,7 +61,7 @@ def _cache_shape(inputs: Inputs, options: Options) -> tuple[int, int, Tiling]:
     """Padded rows of the cache, tiles of columns."""
     tiles = tiling(inputs.hidden.device, inputs.weight.shape[0], accumulation_dtype(inputs.hidden.dtype))
     blocks = (options.cached_rows + tiles.row_block - 1) // tiles.row_block
-    return blocks * tiles.row_block, -(-inputs.weight.shape[0] // tiles.tile_columns), tiles
+    return blocks * tiles.row_block, offset_tiles(options.backend, inputs.weight.shape[0], tiles), tiles
 
 
 def _keeps_products(inputs: Inputs, options: Options) -> bool:
@@ -112,15 +112,14 @@ def _narrow(targets: Targets, values: Tensor) -> Tensor:
 def _forward(*args: Any) -> tuple[Tensor, ...]:
     inputs, options = _split(args)
     shapes = _shapes(inputs, options)
-    scores, offsets = shapes[7], shapes[8].zero_()
+    scores, offsets = shapes[7].zero_(), shapes[8].zero_()
     (logp, entropy, lse), saved = forward(inputs, options, scores)
     targets, statistics, cache, vectors = saved
-    scores[0 if cache is None else cache.rows :].zero_()
     if cache is not None:
         found = [offset for offset in cache.offsets if offset is not None]
         if bool(found) == _keeps_products(inputs, options):
             raise RuntimeError(f"backend {options.backend!r} left another kind of cache than it announces")
-        for tile, offset in enumerate(found):
+        for tile, offset in enumerate(found[0] if found and found[0].dim() == 2 else found):
             offsets[tile, : offset.shape[0]] = offset
     num_targets = inputs.target.shape[0]
     made = [
@@ -160,7 +159,9 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
         tiles = _cache_shape(inputs, options)[2]
         if cached < targets.target_M.shape[0]:
             cached = cached // tiles.row_block * tiles.row_block
-        per_tile: list[Tensor | None] = [None if _keeps_products(inputs, options) else row[:cached] for row in offsets]
+        per_tile: list[Tensor | None] = [None] * offsets.shape[0]
+        if not _keeps_products(inputs, options):
+            per_tile = [offsets] if options.backend == "native" else [row[:cached] for row in offsets]
         cache = Cache(scores, per_tile, cached) if cached else None
     vectors = None
     if options.mode == "frozen":

@@ -17,6 +17,8 @@ from torch import Tensor
 from specs_kernels.linear_logprob.row_pass import RowGradients, RowState, Transform
 
 if TYPE_CHECKING:
+    from specs_kernels.linear_logprob.backward import Gradients
+    from specs_kernels.linear_logprob.forward import Cache
     from specs_kernels.linear_logprob.head import Head, Rows
 
 _TransformArguments = tuple[Tensor | None, float, Tensor | None, float]
@@ -31,14 +33,114 @@ def _arguments(transform: Transform) -> _TransformArguments:
     return transform.bias_C, softcap, None, inverse
 
 
+def _dense(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _operands(rows: Rows, head: Head, target_M: Tensor) -> tuple[object, ...]:
+    """What the forward and the backward take first: factors of the products, targets, and how scores follow."""
+    inverse = head.inverse_temperature
+    return (
+        rows.hidden_MD,
+        _with_rows(head.weight_VD),
+        None if rows.low_MK is None else _with_rows(rows.low_MK),
+        None if head.lora_B is None else _with_rows(head.lora_B),
+        target_M.contiguous(),
+        head.factor,
+        _dense(head.bias_V),
+        0.0 if head.softcap is None else head.softcap,
+        inverse.contiguous() if isinstance(inverse, Tensor) else None,
+        1.0 if isinstance(inverse, Tensor) else inverse,
+    )
+
+
+def _with_rows(x: Tensor) -> Tensor:
+    """The same matrix with the numbers of a row side by side; a copy only where they are not."""
+    return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
+
+
+def offset_tiles(vocab_size: int) -> int:
+    """Blocks of columns that have offsets of their own in a cache of half precision."""
+    return -(-vocab_size // int(torch.ops.specs_kernels.linear_block()))
+
+
 class NativeRowPass:
     """:class:`~specs_kernels.linear_logprob.row_pass.RowPass` in C++; nothing is overwritten but the outputs.
 
     Half precision goes with fp32 statistics only: a ``keep_RC`` of fp64 products must be fp64 too.
     """
 
-    def statistics(self, rows: Rows, head: Head, target_M: Tensor, state: RowState) -> bool:
-        return False
+    def statistics(self, rows: Rows, head: Head, target_M: Tensor, state: RowState, cache: Cache | None) -> bool:
+        offsets = None
+        if cache is not None and cache.scores.dtype != head.dtype:
+            offsets = head.weight_VD.new_empty(offset_tiles(head.vocab_size), cache.rows, dtype=head.dtype)
+            cache.offsets[:] = [offsets]
+        torch.ops.specs_kernels.linear_forward(
+            *_operands(rows, head, target_M),
+            state.maximum,
+            state.total,
+            state.weighted,
+            state.target,
+            None if cache is None else cache.scores,
+            0 if cache is None else cache.rows,
+            offsets,
+            None,
+            None,
+        )
+        return True
+
+    def sums(self, rows: Rows, head: Head, target_M: Tensor, state: RowState, sums: list[Tensor]) -> bool:
+        torch.ops.specs_kernels.linear_forward(
+            *_operands(rows, head, target_M),
+            state.maximum,
+            state.total,
+            state.weighted,
+            state.target,
+            None,
+            0,
+            None,
+            sums[0],
+            sums[1] if len(sums) > 1 else None,
+        )
+        return True
+
+    def gradients(
+        self,
+        rows: Rows,
+        head: Head,
+        target_M: Tensor,
+        gradients_M: RowGradients,
+        into: Gradients,
+        low_grad_MK: Tensor | None,
+        cache: Cache | None,
+        cache_rows: Tensor | None,
+    ) -> bool:
+        cached = 0 if cache is None else (cache.rows if cache_rows is None else cache_rows.shape[0])
+        targets = (into.weight, into.lora_B, into.bias)
+        weight, lora_B, bias = (None if x is None else x if x.is_contiguous() else x.contiguous() for x in targets)
+        torch.ops.specs_kernels.linear_backward(
+            *_operands(rows, head, target_M),
+            _dense(gradients_M.maximum),
+            _dense(gradients_M.log_total),
+            _dense(gradients_M.base),
+            _dense(gradients_M.entropy),
+            _dense(gradients_M.target),
+            None if cache is None or not cached else cache.scores,
+            cached,
+            None if cache_rows is None or not cached else cache_rows,
+            cache.offsets[0] if cache is not None and cached and cache.scores.dtype != head.dtype else None,
+            into.hidden_MD,
+            low_grad_MK,
+            weight,
+            lora_B,
+            bias,
+            head.early,
+            into.accumulate,
+        )
+        for own, made in zip(targets, (weight, lora_B, bias), strict=True):
+            if own is not None and made is not own:
+                own.copy_(made)
+        return True
 
     def _stats(
         self,

@@ -31,6 +31,8 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from specs_kernels.linear_logprob.backward import Gradients
+    from specs_kernels.linear_logprob.forward import Cache
     from specs_kernels.linear_logprob.head import Head, Rows
 
 NO_TARGET = -1
@@ -104,8 +106,30 @@ class RowPass(Protocol):
     scratch: whether x may be overwritten; False means x is only read (unless it is also passed as an output).
     """
 
-    def statistics(self, rows: Rows, head: Head, target_M: Tensor, state: RowState) -> bool:
-        """A fused forward: fill ``state`` of all rows without scores in memory, or return False and leave it alone."""
+    def statistics(self, rows: Rows, head: Head, target_M: Tensor, state: RowState, cache: Cache | None) -> bool:
+        """A fused forward: fill ``state`` of all rows, and the cache where there is one, or return False and do nothing.
+
+        What it leaves in a cache is its own affair: only its own :meth:`gradients` reads it.
+        """
+        ...
+
+    def sums(self, rows: Rows, head: Head, target_M: Tensor, state: RowState, sums: list[Tensor]) -> bool:
+        """A fused forward of the frozen head: ``state`` of all rows, and in ``sums`` (one or two, ``[M, D + K]``, unset) those
+        over all columns but the target's of ``exp(z - m) slope W`` and of that times ``z - m``; or False."""
+        ...
+
+    def gradients(
+        self,
+        rows: Rows,
+        head: Head,
+        target_M: Tensor,
+        gradients_M: RowGradients,
+        into: Gradients,
+        low_grad_MK: Tensor | None,
+        cache: Cache | None,
+        cache_rows: Tensor | None,
+    ) -> bool:
+        """A fused backward: fill all of ``into`` but lora_A (and ``low_grad_MK``, the gradient of ``rows.low_MK``), or False."""
         ...
 
     def stats(
@@ -164,3 +188,26 @@ class RowPass(Protocol):
         offset_R: not None when x holds ``z - offset`` as left by :meth:`stats`; x may then be fp16 or bf16.
         """
         ...
+
+
+class NothingFused:
+    """For a backend that has the sweeps only."""
+
+    def statistics(self, rows: Rows, head: Head, target_M: Tensor, state: RowState, cache: Cache | None) -> bool:
+        return False
+
+    def sums(self, rows: Rows, head: Head, target_M: Tensor, state: RowState, sums: list[Tensor]) -> bool:
+        return False
+
+    def gradients(
+        self,
+        rows: Rows,
+        head: Head,
+        target_M: Tensor,
+        gradients_M: RowGradients,
+        into: Gradients,
+        low_grad_MK: Tensor | None,
+        cache: Cache | None,
+        cache_rows: Tensor | None,
+    ) -> bool:
+        return False

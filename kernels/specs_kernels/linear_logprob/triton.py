@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from specs_kernels.linear_logprob.row_pass import RowGradients, RowState, Transform
+from specs_kernels.linear_logprob.row_pass import NothingFused, RowGradients, RowState, Transform
 from specs_kernels.linear_logprob.triton_forward import fused_statistics
 from specs_kernels.linear_logprob.triton_kernels import dscores_kernel, stats_kernel
 from specs_kernels.triton_common import TL_DTYPES, launch, strided
 
 if TYPE_CHECKING:
+    from specs_kernels.linear_logprob.forward import Cache
     from specs_kernels.linear_logprob.head import Head, Rows
 
 _STATS_WARPS = 4
@@ -39,7 +40,7 @@ def _row_stride(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.stride(0)
 
 
-class TritonRowPass:
+class TritonRowPass(NothingFused):
     """:class:`~specs_kernels.linear_logprob.row_pass.RowPass` in Triton; nothing is overwritten but the outputs.
 
     fused: whether the forward runs in one kernel, without scores in memory; None: for half-precision weights, since in fp32
@@ -49,10 +50,10 @@ class TritonRowPass:
     def __init__(self, fused: bool | None = None) -> None:
         self.fused = fused
 
-    def statistics(self, rows: Rows, head: Head, target_M: Tensor, state: RowState) -> bool:
-        """The fused forward. A low-rank addition to the head goes through tiles of scores instead."""
+    def statistics(self, rows: Rows, head: Head, target_M: Tensor, state: RowState, cache: Cache | None) -> bool:
+        """The fused forward. A low-rank addition to the head, or scores to keep, go through tiles of scores instead."""
         half = head.weight_VD.dtype in (torch.float16, torch.bfloat16)
-        if head.lora_B is not None or not (half if self.fused is None else self.fused):
+        if cache is not None or head.lora_B is not None or not (half if self.fused is None else self.fused):
             return False
         fused_statistics(
             rows.hidden_MD,

@@ -1,0 +1,2 @@
+#define SPECS_ISA portable
+#include "linear_logprob_kernel.h"
