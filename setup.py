@@ -28,12 +28,12 @@ FLAGS = [
     "-fno-math-errno",
     "-fno-trapping-math",
     "-ffp-contract=fast",
+    "-fno-strict-aliasing",
     "-g0",
 ]
-ISA_FLAGS = {
-    "avx2": ["-mavx2", "-mfma"],
-    "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma"],
-}
+AVX2 = ["-mavx2", "-mfma"]
+AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", *AVX2]
+ISA_FLAGS = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": ["-mavx512bf16", *AVX512]}
 
 
 class BuildNative(build_ext):
@@ -88,7 +88,7 @@ def extensions() -> list[Extension]:
         return []
     sources = [path.as_posix() for path in sorted(Path("csrc").rglob("*.cpp"))]
     if not X86:
-        sources = [path for path in sources if not path.endswith(("_avx2.cpp", "_avx512.cpp"))]
+        sources = [path for path in sources if not path.endswith(("_avx2.cpp", "_avx512.cpp", "_avx512bf16.cpp"))]
     headers = [path.as_posix() for path in sorted(Path("csrc").rglob("*.h"))]
     return [Extension("specs_kernels._C", sources, depends=headers, py_limited_api=True)]
 

@@ -10,7 +10,7 @@
 namespace specs {
 namespace {
 
-std::atomic<int> wanted_isa{static_cast<int>(Isa::avx512)};
+std::atomic<int> wanted_isa{static_cast<int>(Isa::avx512_bf16)};
 
 }  // namespace
 
@@ -29,7 +29,7 @@ int64_t native_fingerprint() { return SPECS_FINGERPRINT; }
 
 // For tests: use at most this instruction set. Returns what will be used.
 int64_t native_limit_isa(int64_t isa) {
-  STD_TORCH_CHECK(isa >= 0 && isa <= static_cast<int64_t>(Isa::avx512), "isa must be 0 (portable), 1 (avx2) or 2 (avx512)");
+  STD_TORCH_CHECK(isa >= 0 && isa <= static_cast<int64_t>(Isa::avx512_bf16), "isa must be 0 (portable), 1 (avx2), 2 (avx512) or 3 (avx512_bf16)");
   wanted_isa.store(static_cast<int>(isa));
   return native_isa();
 }

@@ -67,6 +67,19 @@ struct LinearKernels {
   void (*add)(const F* x, int64_t count, F* y);
 };
 
+// The GEMMs where both sides are bfloat16 and the processor multiplies pairs of them into fp32. A word holds two consecutive terms, the
+// first in its low half.
+struct Bfloat16Kernels {
+  void (*products)(int64_t rows, int64_t pairs, const uint32_t* A, int64_t stride, const uint32_t* panel, float* out, bool add);
+  // Pairs of rows: tiles [p][n][lanes / 2], rows [p * lanes / 2 + l][j].
+  void (*over_rows)(int64_t n, int64_t panels, const uint32_t* tiles, int64_t panel_stride, const uint32_t* rows, float* C, int64_t stride, bool add);
+  // Pairs of columns.
+  void (*over_columns)(int64_t D, int64_t pairs, const uint32_t* W, int64_t stride, const uint32_t* tile, float* out, bool add);
+  // out[i] = low[i] and high[i] as bfloat16, rounded to nearest even; high may be null: 0.
+  void (*pair)(const float* low, const float* high, int64_t count, uint32_t* out);
+  void (*zip)(const uint16_t* low, const uint16_t* high, int64_t count, uint32_t* out);
+};
+
 #define SPECS_DECLARE_LINEAR(isa)                        \
   namespace isa {                                        \
   extern const LinearKernels<float> linear_kernels_float;   \
@@ -76,5 +89,8 @@ SPECS_DECLARE_LINEAR(portable)
 SPECS_DECLARE_LINEAR(avx2)
 SPECS_DECLARE_LINEAR(avx512)
 #undef SPECS_DECLARE_LINEAR
+namespace avx512bf16 {
+extern const Bfloat16Kernels bfloat16_kernels;
+}
 
 }  // namespace specs

@@ -8,7 +8,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "linear_logprob_tiles.h"
+#include "linear_logprob_factors.h"
+#include "linear_logprob_gradients.h"
 
 namespace specs {
 namespace {
@@ -18,75 +19,6 @@ constexpr int64_t kGroupRows = 512;         // rows of the dx that exist at a ti
 constexpr int64_t kRoomBytes = 64 << 20;    // for packed rows and sums of hidden's gradient; more rows go in chunks
 constexpr int64_t kSmallRoomBytes = 8 << 20;  // the same where a chunk is shared out by rows: it stays in the shared cache
 constexpr int64_t kWholeRoomBytes = 256 << 20;  // the same where all rows must go at once
-
-// A gradient [V, K] that is filled block by block.
-template <class F>
-class WeightGradient {
- public:
-  WeightGradient(const MaybeTensor& out, int64_t V, int64_t K, int64_t lanes, bool accumulate)
-      : data_(write<char>(out)), row_(out ? out->stride(0) : 0), V_(V), K_(K), padded_(divide_up(K, lanes) * lanes), accumulate_(accumulate) {
-    if (!out) return;
-    check_matrix(out, V, K, "a gradient");
-    check_float<F>(*out, "a gradient");
-    dtype_ = out->scalar_type();
-    STD_TORCH_CHECK(!accumulate || dtype_ == kDtype<F>, "native linear_logprob: gradients in half precision cannot accumulate");
-    direct_ = dtype_ == kDtype<F> && padded_ == K;
-    expect_writes(data_, V * row_ * bytes_of(dtype_));
-  }
-
-  bool wanted() const { return data_; }
-  // Whether every part of it must be complete before it is written: it is rounded once.
-  bool whole() const { return data_ && dtype_ != kDtype<F>; }
-  int64_t padded() const { return padded_; }
-  int64_t room(int64_t shares) const { return data_ && (shares > 1 || !direct_) ? kBlockColumns * padded_ : 0; }
-
-  void share(int64_t shares) {
-    if (data_ && shares > 1) copies_.emplace(shares * V_ * padded_);
-  }
-
-  // Where a block's products go, with the stride of its rows, and whether they join what is there.
-  struct Place {
-    F* data;
-    int64_t stride;
-    bool add;
-  };
-  Place place(int64_t share, Columns c, F* room, bool first_rows, bool first_group) const {
-    if (copies_) return {copies_->data() + (share * V_ + c.first) * padded_, padded_, !(first_rows && first_group)};
-    if (direct_) return {reinterpret_cast<F*>(data_) + c.first * row_, row_, accumulate_ || !(first_rows && first_group)};
-    return {room, padded_, !first_group};
-  }
-  // After the last group of rows: what is in the room is rounded into place.
-  void finish(Columns c, const F* room, bool first_rows) const {
-    if (!copies_ && !direct_) round(c, room, accumulate_ || !first_rows);
-  }
-  // After the last row: the shares are added up.
-  void reduce(const LinearKernels<F>& kernel, int64_t shares, Columns c) const {
-    if (!copies_) return;
-    F* sum = copies_->data() + c.first * padded_;
-    for (int64_t s = 1; s < shares; ++s) kernel.add(sum + s * V_ * padded_, c.count * padded_, sum);
-    round(c, sum, accumulate_);
-  }
-
- private:
-  void round(Columns c, const F* values, bool add) const {
-    for (int64_t i = 0; i < c.count; ++i) {
-      const F* from = values + i * padded_;
-      char* to = data_ + (c.first + i) * row_ * bytes_of(dtype_);
-      if (dtype_ == kDtype<F>) {
-        F* out = reinterpret_cast<F*>(to);
-        for (int64_t k = 0; k < K_; ++k) out[k] = add ? out[k] + from[k] : from[k];
-      } else if constexpr (std::is_same_v<F, float>) {
-        narrow(dtype_, from, K_, to);
-      }
-    }
-  }
-
-  char* data_;
-  int64_t row_, V_, K_, padded_;
-  bool accumulate_, direct_ = false;
-  ScalarType dtype_ = kDtype<F>;
-  std::optional<Buffer<F>> copies_;
-};
 
 // Upstream of a row's products: row_pass.py.
 template <class F>
@@ -112,8 +44,12 @@ class Backward {
       std::vector<F*> into_rows, std::vector<WeightGradient<F>> into_weights, MaybeTensor into_bias, F early, bool accumulate)
       : kernel_(linear_kernels<F>()), P_(kernel_.lanes), factors_(std::move(factors)), head_(head), target_(target), rows_(rows), upstream_(upstream),
         kept_(kept), into_rows_(std::move(into_rows)), into_weights_(std::move(into_weights)), into_bias_(std::move(into_bias)), early_(early),
-        accumulate_(accumulate), V_(factors_[0].weight.V), segments_(V_) {
-    for (const auto& f : factors_) terms_ += f.K;
+        accumulate_(accumulate), V_(factors_[0].V), segments_(V_) {
+    for (const auto& f : factors_) {
+      terms_ += f.K;
+      packed_terms_ += f.packed();
+      paired_ |= f.paired();
+    }
     for (F* into : into_rows_) wants_rows_ |= into != nullptr;
     for (const auto& into : into_weights_) wants_weights_ |= into.wanted();
   }
@@ -122,9 +58,10 @@ class Backward {
     int64_t chunk = plan();
     for (auto& into : into_weights_) into.share(shares_);
     const int64_t panels = divide_up(std::min(chunk, rows_), P_), lanes = panels * P_;
-    int64_t slab_terms = 0;
-    for (const auto& into : into_weights_) slab_terms += into.wanted() ? into.padded() : 0;
-    const Buffer<F> packed(lanes * terms_), slabs(lanes * slab_terms), numbers(panels * kKinds * P_), live(panels);
+    int64_t slab_numbers = 0;
+    for (size_t i = 0; i < factors_.size(); ++i)
+      if (into_weights_[i].wanted()) slab_numbers += factors_[i].slabs() * factors_[i].slab_rows(lanes) * P_;
+    const Buffer<F> packed(lanes * packed_terms_), slabs(slab_numbers), numbers(panels * kKinds * P_), live(panels);
     const Buffer<F> sums(wants_rows_ ? segments_.count * lanes * terms_ : 0);
     packed_ = packed.data();
     slabs_ = slabs.data();
@@ -174,9 +111,9 @@ class Backward {
     const int64_t group = std::min(panels_, std::max<int64_t>(1, kGroupRows / P_));
     run_tasks(segments_.count * shares_, [&] {
       std::vector<Buffer<F>> weights, sinks;
-      for (const auto& f : factors_) weights.emplace_back(f.weight.room());
+      for (const auto& f : factors_) weights.emplace_back(f.room());
       for (const auto& into : into_weights_) sinks.emplace_back(into.room(shares_));
-      Buffer<F> tiles(group * kBlockColumns * P_);
+      Buffer<F> tiles(group * Tile<F>::size(P_, paired_));
       return [&, group, weights = std::move(weights), sinks = std::move(sinks), tiles = std::move(tiles)](int64_t task) {
         run_task(task / shares_, task % shares_, group, weights, sinks, tiles.data());
       };
@@ -186,14 +123,14 @@ class Backward {
 
   void prepare(int64_t panel) {
     const int64_t row = first_ + panel * P_, count = std::min(P_, first_ + count_ - row);
-    F *to = packed_ + panel * terms_ * P_, *slab = slabs_;
+    F *to = packed_ + panel * packed_terms_ * P_, *slab = slabs_;
     for (size_t i = 0; i < factors_.size(); ++i) {
       const Factors<F>& f = factors_[i];
-      if (kept_.rows < row + count) pack_lanes(f.x, f.stride, f.K, row, count, P_, to);
-      to += f.K * P_;
+      if (kept_.rows < row + count) f.pack(row, count, to);
+      to += f.packed() * P_;
       if (!into_weights_[i].wanted()) continue;
-      pack_slabs(f.x, f.stride, f.K, row, count, P_, panels_ * P_, panel * P_, slab);
-      slab += panels_ * P_ * into_weights_[i].padded();
+      f.pack_slabs(row, count, panels_ * P_, panel * P_, slab);
+      slab += f.slabs() * f.slab_rows(panels_ * P_) * P_;
     }
     F any = 0;
     for (int64_t i = 0; i < P_; ++i) {
@@ -219,18 +156,18 @@ class Backward {
     for (int64_t index = segments_.first_block(segment); index < segments_.end_block(segment); ++index) {
       const Columns c = segments_.block(index);
       const bool fresh = index == segments_.first_block(segment);
-      const F* blocks[2] = {};
-      for (size_t i = 0; i < factors_.size(); ++i) blocks[i] = factors_[i].weight.block(c, weights[i].data());
+      typename Factors<F>::Block blocks[2] = {};
+      for (size_t i = 0; i < factors_.size(); ++i) blocks[i] = factors_[i].block(c, into_rows_[i] != nullptr, weights[i].data());
       for (int64_t from = begin; from < end; from += group) {
         const int64_t to = std::min(end, from + group);
-        for (int64_t panel = from; panel < to; ++panel) form_dx(panel, index, c, blocks, tiles + (panel - from) * kBlockColumns * P_, share);
+        for (int64_t panel = from; panel < to; ++panel) form_dx(panel, index, c, blocks, tile_at(tiles, panel - from), share);
         const F* slab = slabs_;
         for (size_t i = 0; i < factors_.size(); ++i) {
           const WeightGradient<F>& into = into_weights_[i];
           if (!into.wanted()) continue;
           const auto at = into.place(share, c, sinks[i].data(), first_ == 0, from == begin);
-          for (int64_t j = 0; j < into.padded(); j += P_, slab += panels_ * P_ * P_)
-            kernel_.over_rows(c.count, to - from, tiles, kBlockColumns * P_, slab + from * P_ * P_, at.data + j, at.stride, at.add);
+          for (int64_t j = 0; j < factors_[i].slabs(); ++j, slab += factors_[i].slab_rows(panels_ * P_) * P_)
+            factors_[i].over_rows(c.count, to - from, tile_at(tiles, 0), Tile<F>::size(P_, paired_), slab, from, at.data + j * P_, at.stride, at.add);
         }
         if (!wants_rows_) continue;
         for (int64_t panel = from; panel < to; ++panel) {
@@ -241,7 +178,7 @@ class Backward {
           }
           for (size_t i = 0; i < factors_.size(); sum += factors_[i++].K * P_)
             if (into_rows_[i])
-              kernel_.over_columns(factors_[i].K, c.count, blocks[i], factors_[i].weight.stride(), tiles + (panel - from) * kBlockColumns * P_, sum, !fresh);
+              factors_[i].over_columns(c.count, blocks[i], tile_at(tiles, panel - from), sum, !fresh);
         }
       }
       for (size_t i = 0; i < factors_.size(); ++i)
@@ -249,17 +186,21 @@ class Backward {
     }
   }
 
-  // Scores of one panel and block, then dx, in `tile`.
-  void form_dx(int64_t panel, int64_t index, Columns c, const F* const* blocks, F* tile, int64_t share) {
+  Tile<F> tile_at(F* tiles, int64_t place) const { return Tile<F>::at(tiles + place * Tile<F>::size(P_, paired_), P_, paired_); }
+
+  // Scores of one panel and block, then dx.
+  void form_dx(int64_t panel, int64_t index, Columns c, const typename Factors<F>::Block* blocks, const Tile<F>& dx, int64_t share) {
+    F* tile = dx.numbers;
     if (live_[panel] == 0) {
       std::fill(tile, tile + c.count * P_, F(0));
+      if (wants_weights_) dx.pair_lanes(c.count, P_);
       return;
     }
     const int64_t row = first_ + panel * P_, count = std::min(P_, first_ + count_ - row), cached = std::clamp<int64_t>(kept_.rows - row, 0, count);
     const bool products = kept_.dtype == kDtype<F>;
     if (cached < count) {
-      const F* rows = packed_ + panel * terms_ * P_;
-      for (size_t i = 0; i < factors_.size(); rows += factors_[i++].K * P_) form_products(kernel_, c.count, factors_[i], blocks[i], rows, tile, i > 0);
+      const F* rows = packed_ + panel * packed_terms_ * P_;
+      for (size_t i = 0; i < factors_.size(); rows += factors_[i++].packed() * P_) factors_[i].products(c.count, blocks[i], rows, tile, i > 0);
     }
     if (cached > 0 && products) read_kept(row, index, c, cached, tile);
     if (!head_.plain() && !(cached == count && !products)) kernel_.scores(tile, c.count, head_.scores(c, lanes(panel, kInverse)), tile);
@@ -281,6 +222,8 @@ class Backward {
     }
     if (bias_) kernel_.lane_sums(tile, c.count, bias_ + share * V_ + c.first);
     if (head_.factor != 1) kernel_.scale(tile, c.count * P_, head_.factor);
+    if (wants_weights_) dx.pair_lanes(c.count, P_);
+    if (wants_rows_) dx.pair_columns(c.count, P_);
   }
 
   // Products, or scores, of the first `count` lanes from the cache.
@@ -318,7 +261,7 @@ class Backward {
     F* sum = sums_ + panel * terms_ * P_;
     for (int64_t s = 1; s < segments_.count; ++s) kernel_.add(sum + s * panels_ * terms_ * P_, terms_ * P_, sum);
     for (size_t i = 0; i < factors_.size(); sum += factors_[i++].K * P_)
-      if (into_rows_[i]) unpack_lanes(sum, factors_[i].K, count, P_, into_rows_[i] + row * factors_[i].K, factors_[i].K);
+      if (into_rows_[i]) transpose(sum, P_, factors_[i].K, count, into_rows_[i] + row * factors_[i].K, factors_[i].K);
   }
 
   void finish(Columns c) {
@@ -352,8 +295,8 @@ class Backward {
   const bool accumulate_;
   const int64_t V_;
   Segments segments_;
-  bool wants_rows_ = false, wants_weights_ = false;
-  int64_t terms_ = 0, shares_ = 1, first_ = 0, count_ = 0, panels_ = 0;
+  bool wants_rows_ = false, wants_weights_ = false, paired_ = false;
+  int64_t terms_ = 0, packed_terms_ = 0, shares_ = 1, first_ = 0, count_ = 0, panels_ = 0;
   F *packed_ = nullptr, *slabs_ = nullptr, *lanes_ = nullptr, *live_ = nullptr, *sums_ = nullptr, *bias_ = nullptr;
 };
 
@@ -370,7 +313,7 @@ void linear_backward(
     factors.emplace_back(hidden, weight, "weight");
     STD_TORCH_CHECK(low.has_value() == lora.has_value(), "native linear_logprob: low and lora go together");
     if (low) factors.emplace_back(*low, *lora, "lora_B");
-    for (const auto& f : factors) STD_TORCH_CHECK(f.weight.V == V, "native linear_logprob: lora_B must have a row per column");
+    for (const auto& f : factors) STD_TORCH_CHECK(f.V == V, "native linear_logprob: lora_B must have a row per column");
     STD_TORCH_CHECK(hidden.size(0) == M && (!low || low->size(0) == M), "native linear_logprob: rows and targets differ in number");
     check_vector(target, M, ScalarType::Long, "target");
     for (const MaybeTensor& x : {MaybeTensor(maximum), MaybeTensor(log_total), MaybeTensor(base), entropy, target_gradient})

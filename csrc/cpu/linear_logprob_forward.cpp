@@ -7,7 +7,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "linear_logprob_tiles.h"
+#include "linear_logprob_factors.h"
 
 namespace specs {
 namespace {
@@ -35,15 +35,19 @@ class Forward {
  public:
   Forward(std::vector<Factors<F>> factors, const Head<F>& head, const int64_t* target, int64_t rows, const Outputs<F>& out)
       : kernel_(linear_kernels<F>()), P_(kernel_.lanes), factors_(std::move(factors)), head_(head), target_(target), rows_(rows), out_(out),
-        segments_(factors_[0].weight.V) {
-    for (const auto& f : factors_) terms_ += f.K;
+        segments_(factors_[0].V) {
+    for (const auto& f : factors_) {
+      terms_ += f.K;
+      packed_terms_ += f.packed();
+      paired_ |= f.paired();
+    }
   }
 
   void run() {
     const int64_t per_row = terms_ * sizeof(F) * (1 + (out_.sums ? segments_.count * (out_.second ? 2 : 1) : 0));
     const int64_t chunk = std::max<int64_t>(128, (out_.sums ? kRoomBytes : kSmallRoomBytes) / per_row / P_ * P_);
     const int64_t lanes = divide_up(std::min(chunk, rows_), P_) * P_, all_sums = segments_.count * lanes * terms_;
-    const Buffer<F> packed(lanes * terms_), state(segments_.count * 3 * lanes), sums(out_.sums ? all_sums : 0), second(out_.second ? all_sums : 0);
+    const Buffer<F> packed(lanes * packed_terms_), state(segments_.count * 3 * lanes), sums(out_.sums ? all_sums : 0), second(out_.second ? all_sums : 0);
     packed_ = packed.data();
     state_ = state.data();
     sums_ = out_.sums ? sums.data() : nullptr;
@@ -58,18 +62,18 @@ class Forward {
     panels_ = divide_up(count, P_);
     run_tasks(panels_, [&] {
       return [&](int64_t panel) {
-        F* to = packed_ + panel * terms_ * P_;
+        F* to = packed_ + panel * packed_terms_ * P_;
         for (const auto& f : factors_) {
-          pack_lanes(f.x, f.stride, f.K, first_ + panel * P_, std::min(P_, count_ - panel * P_), P_, to);
-          to += f.K * P_;
+          f.pack(first_ + panel * P_, std::min(P_, count_ - panel * P_), to);
+          to += f.packed() * P_;
         }
       };
     });
     const int64_t group = std::min(panels_, std::max<int64_t>(1, kGroupRows / P_)), groups = divide_up(panels_, group);
     run_tasks(segments_.count * groups, [&] {
       std::vector<Buffer<F>> rooms;
-      for (const auto& f : factors_) rooms.emplace_back(f.weight.room());
-      Buffer<F> tile(kBlockColumns * P_), other(kBlockColumns * P_);
+      for (const auto& f : factors_) rooms.emplace_back(f.room());
+      Buffer<F> tile(Tile<F>::size(P_, paired_)), other(Tile<F>::size(P_, paired_));
       return [&, group, groups, rooms = std::move(rooms), tile = std::move(tile), other = std::move(other)](int64_t task) {
         const int64_t segment = task / groups, begin = task % groups * group;
         run_segment(segment, begin, std::min(panels_, begin + group), rooms, tile.data(), other.data());
@@ -89,18 +93,15 @@ class Forward {
     for (int64_t index = segments_.first_block(segment); index < segments_.end_block(segment); ++index) {
       const Columns c = segments_.block(index);
       const bool fresh = index == segments_.first_block(segment);
-      const F* blocks[2] = {};
-      for (size_t i = 0; i < factors_.size(); ++i) blocks[i] = factors_[i].weight.block(c, rooms[i].data());
+      typename Factors<F>::Block blocks[2] = {};
+      for (size_t i = 0; i < factors_.size(); ++i) blocks[i] = factors_[i].block(c, sums_ != nullptr, rooms[i].data());
       for (int64_t panel = begin; panel < end; ++panel) {
         const int64_t row = first_ + panel * P_, count = std::min(P_, rows_ - row);
         const bool kept = row < out_.cached, as_products = kept && out_.cache_dtype == kDtype<F>;
         const int64_t place = CacheLayout::at(segments_.V, P_, row, c.first);
         F* x = as_products ? reinterpret_cast<F*>(out_.cache) + place : tile;
-        const F* rows = packed_ + panel * terms_ * P_;
-        for (size_t i = 0; i < factors_.size(); ++i) {
-          form_products(kernel_, c.count, factors_[i], blocks[i], rows, x, i > 0);
-          rows += factors_[i].K * P_;
-        }
+        const F* rows = packed_ + panel * packed_terms_ * P_;
+        for (size_t i = 0; i < factors_.size(); rows += factors_[i++].packed() * P_) factors_[i].products(c.count, blocks[i], rows, x, i > 0);
         F* z = x;
         if (!head_.plain()) {
           for (int64_t i = 0; i < P_; ++i) inverse[i] = i < count ? head_.inverse_of(row + i) : F(0);
@@ -134,7 +135,7 @@ class Forward {
     }
   }
 
-  void add_sums(int64_t segment, int64_t panel, Columns c, bool fresh, const F* const* blocks, F* weights, F* weighted, const F* change) {
+  void add_sums(int64_t segment, int64_t panel, Columns c, bool fresh, const typename Factors<F>::Block* blocks, F* weights, F* weighted, const F* change) {
     const int64_t row = first_ + panel * P_, count = std::min(P_, rows_ - row);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t column = target_[row + i] - c.first;
@@ -144,9 +145,12 @@ class Forward {
     }
     F *first = sums(sums_, segment, panel), *second = sums(second_, segment, panel);
     if (!fresh && std::any_of(change, change + P_, [](F x) { return x != 0; })) kernel_.rescale(first, second, terms_, change);
+    const Tile<F> tile = Tile<F>::at(weights, P_, paired_), other = Tile<F>::at(weighted, P_, paired_);
+    tile.pair_columns(c.count, P_);
+    if (second) other.pair_columns(c.count, P_);
     for (size_t i = 0; i < factors_.size(); ++i) {
-      kernel_.over_columns(factors_[i].K, c.count, blocks[i], factors_[i].weight.stride(), weights, first, !fresh);
-      if (second) kernel_.over_columns(factors_[i].K, c.count, blocks[i], factors_[i].weight.stride(), weighted, second, !fresh);
+      factors_[i].over_columns(c.count, blocks[i], tile, first, !fresh);
+      if (second) factors_[i].over_columns(c.count, blocks[i], other, second, !fresh);
       first += factors_[i].K * P_;
       if (second) second += factors_[i].K * P_;
     }
@@ -181,8 +185,8 @@ class Forward {
       kernel_.add(sums(sums_, s, panel), terms_ * P_, sums(sums_, 0, panel));
       if (second_) kernel_.add(sums(second_, s, panel), terms_ * P_, sums(second_, 0, panel));
     }
-    unpack_lanes(sums(sums_, 0, panel), terms_, count, P_, out_.sums + row * out_.width, out_.width);
-    if (second_) unpack_lanes(sums(second_, 0, panel), terms_, count, P_, out_.second + row * out_.width, out_.width);
+    transpose(sums(sums_, 0, panel), P_, terms_, count, out_.sums + row * out_.width, out_.width);
+    if (second_) transpose(sums(second_, 0, panel), P_, terms_, count, out_.second + row * out_.width, out_.width);
   }
 
   const LinearKernels<F>& kernel_;
@@ -193,7 +197,8 @@ class Forward {
   const int64_t rows_;
   const Outputs<F> out_;
   const Segments segments_;
-  int64_t terms_ = 0, first_ = 0, count_ = 0, panels_ = 0;
+  bool paired_ = false;
+  int64_t terms_ = 0, packed_terms_ = 0, first_ = 0, count_ = 0, panels_ = 0;
   F *packed_ = nullptr, *state_ = nullptr, *sums_ = nullptr, *second_ = nullptr;
 };
 
@@ -209,7 +214,7 @@ void linear_forward(
     factors.emplace_back(hidden, weight, "weight");
     STD_TORCH_CHECK(low.has_value() == lora.has_value(), "native linear_logprob: low and lora go together");
     if (low) factors.emplace_back(*low, *lora, "lora_B");
-    for (const auto& f : factors) STD_TORCH_CHECK(f.weight.V == V, "native linear_logprob: lora_B must have a row per column");
+    for (const auto& f : factors) STD_TORCH_CHECK(f.V == V, "native linear_logprob: lora_B must have a row per column");
     STD_TORCH_CHECK(hidden.size(0) == M && (!low || low->size(0) == M), "native linear_logprob: rows and targets differ in number");
     check_vector(target, M, ScalarType::Long, "target");
     for (const MaybeTensor& x : {MaybeTensor(maximum), MaybeTensor(total), weighted, MaybeTensor(target_score)}) check_vector(x, M, kDtype<F>, "the state");

@@ -1,83 +1,26 @@
-// GEMMs and sweeps over tiles of scores; see linear_logprob.h.
+// GEMMs of numbers and sweeps over tiles of scores; see linear_logprob.h.
 
 #pragma once
 
-#include "linear_logprob.h"
+#include "linear_logprob_micro.h"
 #include "row_pass.h"  // kFloor
-#include "simd.h"
 
 namespace specs {
 namespace SPECS_ISA {
 
-// Two vectors of a panel times this many scalars are accumulators; with them the operands fill the registers.
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kMicroRows = 14;
-#else
-constexpr int kMicroRows = 6;
-#endif
-
-template <class F>
-constexpr int kPanel = 2 * kLanes<F>;
-
-// C[r][lane] (+)= sum over o < outer, k < K of A(r, o, k) B[o * K + k][lane]. A(r, o, k) = A[o * jump + r * stride + k], or
-// A[k * stride + r] where TRANSPOSED. Each sum runs in one order of terms and meets what C held at its end.
-template <class F, int ROWS, bool TRANSPOSED>
-SPECS_INLINE void micro(int64_t outer, int64_t K, const F* A, int64_t stride, int64_t jump, const F* B, F* C, int64_t ldc, bool add) {
-  constexpr int L = kLanes<F>;
-  Vec<F> sum[ROWS][2];
-#pragma GCC unroll 16
-  for (int r = 0; r < ROWS; ++r) sum[r][0] = sum[r][1] = Vec<F>{};
-  for (int64_t o = 0; o < outer; ++o, A += jump)
-    for (int64_t k = 0; k < K; ++k, B += 2 * L) {
-      const Vec<F> low = load(B), high = load(B + L);
-#pragma GCC unroll 16
-      for (int r = 0; r < ROWS; ++r) {
-        const F a = TRANSPOSED ? A[k * stride + r] : A[r * stride + k];
-        sum[r][0] += a * low;
-        sum[r][1] += a * high;
-      }
-    }
-#pragma GCC unroll 16
-  for (int r = 0; r < ROWS; ++r) {
-    F* at = C + r * ldc;
-    store(at, add ? load(at) + sum[r][0] : sum[r][0]);
-    store(at + L, add ? load(at + L) + sum[r][1] : sum[r][1]);
-  }
-}
-
-template <class F, int ROWS, bool TRANSPOSED>
-__attribute__((noinline)) void micro_rest(int64_t rows, int64_t outer, int64_t K, const F* A, int64_t stride, int64_t jump, const F* B, F* C, int64_t ldc, bool add) {
-  if constexpr (ROWS > 0) {
-    if (rows == ROWS) micro<F, ROWS, TRANSPOSED>(outer, K, A, stride, jump, B, C, ldc, add);
-    else micro_rest<F, ROWS - 1, TRANSPOSED>(rows, outer, K, A, stride, jump, B, C, ldc, add);
-  }
-}
-
-template <class F, bool TRANSPOSED>
-__attribute__((noinline)) void multiply(int64_t rows, int64_t outer, int64_t K, const F* A, int64_t stride, int64_t jump, const F* B, F* C, int64_t ldc, bool add) {
-  int64_t r = 0;
-  for (; r + kMicroRows <= rows; r += kMicroRows)
-    micro<F, kMicroRows, TRANSPOSED>(outer, K, A + (TRANSPOSED ? r : r * stride), stride, jump, B, C + r * ldc, ldc, add);
-  micro_rest<F, kMicroRows - 1, TRANSPOSED>(rows - r, outer, K, A + (TRANSPOSED ? r : r * stride), stride, jump, B, C + r * ldc, ldc, add);
-}
-
-// Terms of a long sum are added up in stretches: the error grows with their number and that of the stretches, not with all terms.
-constexpr int64_t kStretch = 1024;
-
 template <class F>
 void products(int64_t rows, int64_t K, const F* A, int64_t stride, const F* panel, F* out, bool add) {
-  for (int64_t k = 0; k < K; k += kStretch)
-    multiply<F, false>(rows, 1, K - k < kStretch ? K - k : kStretch, A + k, stride, 0, panel + k * kPanel<F>, out, kPanel<F>, add || k > 0);
+  products_of<Numbers<F>>(rows, K, A, stride, panel, out, add);
 }
 
 template <class F>
 void over_rows(int64_t n, int64_t panels, const F* tiles, int64_t panel_stride, const F* rows, F* C, int64_t stride, bool add) {
-  multiply<F, false>(n, panels, kPanel<F>, tiles, kPanel<F>, panel_stride, rows, C, stride, add);
+  multiply<Numbers<F>, false>(n, panels, kPanel<F>, tiles, kPanel<F>, panel_stride, rows, C, stride, add);
 }
 
 template <class F>
 void over_columns(int64_t D, int64_t n, const F* W, int64_t stride, const F* tile, F* out, bool add) {
-  multiply<F, true>(D, 1, n, W, stride, 0, tile, out, kPanel<F>, add);
+  multiply<Numbers<F>, true>(D, 1, n, W, stride, 0, tile, out, kPanel<F>, add);
 }
 
 // One half of a panel at a time: f(offset of its first lane).

@@ -1,4 +1,4 @@
-// What the drivers of linear_logprob on CPU share: operands cut into blocks and panels, numbers per lane, and the plan of a call.
+// What the drivers of linear_logprob on CPU share: checks, conversions, transposes, how columns are cut.
 
 #pragma once
 
@@ -26,6 +26,14 @@ template <class F>
 const LinearKernels<F>& linear_kernels() {
   if constexpr (sizeof(F) == 4) return SPECS_BY_ISA(linear_kernels_float);
   else return SPECS_BY_ISA(linear_kernels_double);
+}
+
+// Null where the processor, or the limit set for tests, has no such instruction.
+inline const Bfloat16Kernels* bfloat16_gemms() {
+#if defined(SPECS_X86)
+  if (current_isa() == Isa::avx512_bf16) return &avx512bf16::bfloat16_kernels;
+#endif
+  return nullptr;
 }
 
 inline const HalfKernels& half_conversions() { return SPECS_BY_ISA(half_kernels); }
@@ -82,55 +90,6 @@ struct Columns {
   int64_t first, count;
 };
 
-// [V, K] of any float dtype whose rows are had as F side by side. They are copied where they are not so, and where so many rows fall
-// on one set of the cache that a micro-kernel would evict what it reads next.
-template <class F>
-class Weight {
- public:
-  Weight(const Tensor& w, const char* name)
-      : data_(static_cast<const char*>(w.const_data_ptr())), row_(w.stride(0)), dtype_(w.scalar_type()), V(w.size(0)), K(w.size(1)) {
-    check_float<F>(w, name);
-    check_matrix(w, V, K, name);
-    direct_ = dtype_ == kDtype<F> && row_ * static_cast<int64_t>(sizeof(F)) % 2048 != 0;
-    stride_ = direct_ ? row_ : divide_up(K * sizeof(F), 64) * 64 / sizeof(F) + 64 / sizeof(F) * (K * sizeof(F) % 128 == 0);
-  }
-
-  int64_t room() const { return direct_ ? 0 : kBlockColumns * stride_; }
-  int64_t stride() const { return stride_; }
-
-  const F* block(Columns c, F* room) const {
-    if (direct_) return reinterpret_cast<const F*>(data_) + c.first * row_;
-    for (int64_t i = 0; i < c.count; ++i) {
-      const char* from = data_ + (c.first + i) * row_ * bytes_of(dtype_);
-      if (dtype_ == kDtype<F>) std::memcpy(room + i * stride_, from, K * sizeof(F));
-      else if constexpr (std::is_same_v<F, float>) widen(dtype_, from, K, room + i * stride_);
-    }
-    return room;
-  }
-
- private:
-  const char* data_;
-  int64_t row_, stride_ = 0;
-  ScalarType dtype_;
-  bool direct_ = false;
-
- public:
-  const int64_t V, K;
-};
-
-// A pair of factors of the products: rows [M, K] (hidden, or hidden A^T) and a weight [V, K] (the head's, or B).
-template <class F>
-struct Factors {
-  const F* x;
-  int64_t stride, K;
-  Weight<F> weight;
-
-  Factors(const Tensor& rows, const Tensor& w, const char* name) : x(read<F>(rows)), stride(rows.stride(0)), K(w.size(1)), weight(w, name) {
-    STD_TORCH_CHECK(rows.scalar_type() == kDtype<F>, "native linear_logprob: rows must have the dtype of the statistics");
-    check_matrix(rows, rows.size(0), K, "rows");
-  }
-};
-
 // out[j * out_stride + i] = x[i * stride + j] for 4 x 4 numbers.
 template <class F>
 inline void transpose_4x4(const F* x, int64_t stride, F* out, int64_t out_stride) {
@@ -166,31 +125,6 @@ void transpose(const F* x, int64_t stride, int64_t rows, int64_t columns, F* out
     for (int64_t i = 0; i < rows; ++i) out[j * out_stride + i] = x[i * stride + j];
 }
 
-// Lane by lane: panel[k][lane] of rows [first, first + count), zeros in the lanes behind.
-template <class F>
-void pack_lanes(const F* x, int64_t stride, int64_t K, int64_t first, int64_t count, int64_t lanes, F* panel) {
-  if (count < lanes) std::fill(panel, panel + K * lanes, F(0));
-  transpose(x + first * stride, stride, count, K, panel, lanes);
-}
-
-// The other way: out[row][k] = panel[k][row].
-template <class F>
-void unpack_lanes(const F* panel, int64_t K, int64_t count, int64_t lanes, F* out, int64_t stride) {
-  transpose(panel, lanes, K, count, out, stride);
-}
-
-// The same rows for products over rows: slabs of `lanes` terms, slab[j][m][i] = x[m][j * lanes + i]; zeros behind the last term and row.
-template <class F>
-void pack_slabs(const F* x, int64_t stride, int64_t K, int64_t first, int64_t count, int64_t lanes, int64_t padded_rows, int64_t at, F* slabs) {
-  for (int64_t j = 0; j * lanes < K; ++j)
-    for (int64_t row = 0; row < lanes; ++row) {
-      F* to = slabs + (j * padded_rows + at + row) * lanes;
-      const int64_t terms = row < count ? std::min(lanes, K - j * lanes) : 0;
-      if (terms > 0) std::memcpy(to, x + (first + row) * stride + j * lanes, terms * sizeof(F));
-      std::fill(to + terms, to + lanes, F(0));
-    }
-}
-
 // How scores follow from products, for all rows.
 template <class F>
 struct Head {
@@ -209,12 +143,6 @@ struct Head {
   F tanh_scale(int64_t row) const { return cap > 0 ? 1 / (cap * inverse_of(row)) : F(0); }
   PanelScores<F> scores(Columns c, const F* inverse_lanes) const { return {factor, bias ? bias + c.first : nullptr, cap, inverse_lanes}; }
 };
-
-// Products of one panel and one block in a tile.
-template <class F>
-void form_products(const LinearKernels<F>& kernel, int64_t n, const Factors<F>& factors, const F* block, const F* panel, F* tile, bool add) {
-  kernel.products(n, factors.K, block, factors.weight.stride(), panel, tile, add);
-}
 
 // What was kept of the scores of the first rows, [panel][V][lanes]: products where its dtype is that of the statistics, otherwise
 // scores minus an offset per row and block, offsets [blocks][rows of the offsets].

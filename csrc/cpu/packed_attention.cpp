@@ -31,7 +31,7 @@ template <class F>
 const AttentionKernels<F>& kernels() {
   constexpr bool single = sizeof(F) == 4;
 #if defined(SPECS_X86)
-  if (current_isa() == Isa::avx512) {
+  if (current_isa() >= Isa::avx512) {
     if constexpr (single) return avx512::attention_kernels_float;
     else return avx512::attention_kernels_double;
   }

@@ -52,5 +52,5 @@ def instruction_set() -> str | None:
     """The vector instructions the library uses on this machine, or None without a library."""
     if missing() is not None:
         return None
-    names = ("portable", "avx2", "avx512")
+    names = ("portable", "avx2", "avx512", "avx512_bf16")
     return names[int(torch.ops.specs_kernels.native_isa())]
