@@ -14,7 +14,8 @@
 namespace specs {
 namespace {
 
-constexpr int64_t kTasks = 32;              // wanted
+constexpr int64_t kTasks = 32;              // at most
+constexpr int64_t kScoresPerTask = 1 << 22;  // scores of one term: some 0.1 ms
 constexpr int64_t kGroupRows = 512;         // rows of the dx that exist at a time
 constexpr int64_t kRoomBytes = 64 << 20;    // for packed rows and sums of hidden's gradient; more rows go in chunks
 constexpr int64_t kSmallRoomBytes = 8 << 20;  // the same where a chunk is shared out by rows: it stays in the shared cache
@@ -40,9 +41,9 @@ template <class F>
 class Backward {
  public:
   Backward(
-      std::vector<Factors<F>> factors, const Head<F>& head, const int64_t* target, int64_t rows, const Upstream<F>& upstream, const Kept<F>& kept,
+      const Tensor& like, std::vector<Factors<F>> factors, const Head<F>& head, const int64_t* target, int64_t rows, const Upstream<F>& upstream, const Kept<F>& kept,
       std::vector<F*> into_rows, std::vector<WeightGradient<F>> into_weights, MaybeTensor into_bias, F early, bool accumulate)
-      : kernel_(linear_kernels<F>()), P_(kernel_.lanes), factors_(std::move(factors)), head_(head), target_(target), rows_(rows), upstream_(upstream),
+      : like_(like), kernel_(linear_kernels<F>()), P_(kernel_.lanes), factors_(std::move(factors)), head_(head), target_(target), rows_(rows), upstream_(upstream),
         kept_(kept), into_rows_(std::move(into_rows)), into_weights_(std::move(into_weights)), into_bias_(std::move(into_bias)), early_(early),
         accumulate_(accumulate), V_(factors_[0].V), segments_(V_) {
     for (const auto& f : factors_) {
@@ -56,20 +57,20 @@ class Backward {
 
   void run() {
     int64_t chunk = plan();
-    for (auto& into : into_weights_) into.share(shares_);
+    for (auto& into : into_weights_) into.share(like_, shares_);
     const int64_t panels = divide_up(std::min(chunk, rows_), P_), lanes = panels * P_;
     int64_t slab_numbers = 0;
     for (size_t i = 0; i < factors_.size(); ++i)
       if (into_weights_[i].wanted()) slab_numbers += factors_[i].slabs() * factors_[i].slab_rows(lanes) * P_;
-    const Buffer<F> packed(lanes * packed_terms_), slabs(slab_numbers), numbers(panels * kKinds * P_), live(panels);
-    const Buffer<F> sums(wants_rows_ ? segments_.count * lanes * terms_ : 0);
+    const Workspace<F> packed(like_, lanes * packed_terms_), slabs(like_, slab_numbers), numbers(like_, panels * kKinds * P_), live(like_, panels);
+    const Workspace<F> sums(like_, wants_rows_ ? segments_.count * lanes * terms_ : 0);
     packed_ = packed.data();
     slabs_ = slabs.data();
     lanes_ = numbers.data();
     live_ = live.data();
     sums_ = sums.data();
     const int64_t bias_count = into_bias_ ? shares_ * V_ : 0;
-    Buffer<F> bias(bias_count);
+    const Workspace<F> bias(like_, bias_count);
     bias_ = into_bias_ ? bias.data() : nullptr;
     std::fill(bias.data(), bias.data() + bias_count, F(0));
     for (int64_t first = 0; first < rows_; first += chunk) run_chunk(first, std::min(chunk, rows_ - first));
@@ -77,22 +78,25 @@ class Backward {
   }
 
  private:
-  // Segments, shares and rows of a chunk: kTasks tasks where there is as much to share, with the least room for sums.
+  // Segments, shares and rows of a chunk: up to kTasks tasks, each worth its start, with the least room for sums.
   int64_t plan() {
-    const int64_t all = divide_up(rows_, P_), wide = static_cast<int64_t>(sizeof(F)) * (terms_ + 2 * P_);
+    const int64_t panels = divide_up(rows_, P_), wide = static_cast<int64_t>(sizeof(F)) * (terms_ + 2 * P_);
+    const int64_t tasks = std::clamp<int64_t>(rows_ * V_ * terms_ / kScoresPerTask, 1, kTasks);
     bool whole = false;
     for (const auto& into : into_weights_) whole |= into.whole();
-    const int64_t by_rows = std::min(kTasks, all);
-    if (wants_weights_ && (segments_.count < kTasks || !wants_rows_) && by_rows * V_ < segments_.count * rows_) {
-      segments_ = Segments(V_, 1);
-      shares_ = by_rows;
-    } else if (segments_.count < kTasks / 2) {
-      shares_ = std::min(divide_up(kTasks, segments_.count), all);
-      if (wants_weights_ && shares_ * V_ * terms_ * static_cast<int64_t>(sizeof(F)) > kRoomBytes) shares_ = 1;
+    int64_t least = -1;
+    for (int64_t wanted = std::min(tasks, segments_.blocks); wanted >= 1; --wanted) {
+      const Segments cut(V_, wanted, 1);
+      const int64_t shares = std::min(divide_up(tasks, cut.count), panels);
+      const int64_t room = (wants_rows_ ? cut.count * rows_ : 0) + (wants_weights_ && shares > 1 ? shares * V_ : 0);
+      if (least >= 0 && room >= least) continue;
+      least = room;
+      segments_ = cut;
+      shares_ = shares;
     }
     if (whole && shares_ == 1) {
       const int64_t most = kWholeRoomBytes / std::max<int64_t>(1, rows_ * wide);
-      if (segments_.count > most) segments_ = Segments(V_, std::max<int64_t>(4, most));
+      if (segments_.count > most) segments_ = Segments(V_, std::max<int64_t>(4, most), 1);
       return rows_;
     }
     const int64_t per_row = wide * (1 + (wants_rows_ ? segments_.count : 0) + (wants_weights_ ? 1 : 0));
@@ -280,6 +284,7 @@ class Backward {
     }
   }
 
+  const Tensor like_;
   const LinearKernels<F>& kernel_;
   const int64_t P_;
   std::vector<Factors<F>> factors_;
@@ -359,7 +364,7 @@ void linear_backward(
     const Upstream<F> upstream{read<F>(maximum), read<F>(log_total), read<F>(base), read<F>(entropy), read<F>(target_gradient)};
     const Head<F> how(V, M, factor, bias, softcap, inverse_temperature, inverse);
     Backward<F>(
-        std::move(factors), how, read<int64_t>(target), M, upstream, kept, std::move(rows), std::move(weights), d_bias, static_cast<F>(early), accumulate)
+        hidden, std::move(factors), how, read<int64_t>(target), M, upstream, kept, std::move(rows), std::move(weights), d_bias, static_cast<F>(early), accumulate)
         .run();
   };
   if (maximum.scalar_type() == ScalarType::Double) run(0.0);

@@ -33,8 +33,8 @@ struct Outputs {
 template <class F>
 class Forward {
  public:
-  Forward(std::vector<Factors<F>> factors, const Head<F>& head, const int64_t* target, int64_t rows, const Outputs<F>& out)
-      : kernel_(linear_kernels<F>()), P_(kernel_.lanes), factors_(std::move(factors)), head_(head), target_(target), rows_(rows), out_(out),
+  Forward(const Tensor& like, std::vector<Factors<F>> factors, const Head<F>& head, const int64_t* target, int64_t rows, const Outputs<F>& out)
+      : like_(like), kernel_(linear_kernels<F>()), P_(kernel_.lanes), factors_(std::move(factors)), head_(head), target_(target), rows_(rows), out_(out),
         segments_(factors_[0].V) {
     for (const auto& f : factors_) {
       terms_ += f.K;
@@ -47,7 +47,8 @@ class Forward {
     const int64_t per_row = terms_ * sizeof(F) * (1 + (out_.sums ? segments_.count * (out_.second ? 2 : 1) : 0));
     const int64_t chunk = std::max<int64_t>(128, (out_.sums ? kRoomBytes : kSmallRoomBytes) / per_row / P_ * P_);
     const int64_t lanes = divide_up(std::min(chunk, rows_), P_) * P_, all_sums = segments_.count * lanes * terms_;
-    const Buffer<F> packed(lanes * packed_terms_), state(segments_.count * 3 * lanes), sums(out_.sums ? all_sums : 0), second(out_.second ? all_sums : 0);
+    const Workspace<F> packed(like_, lanes * packed_terms_), state(like_, segments_.count * 3 * lanes);
+    const Workspace<F> sums(like_, out_.sums ? all_sums : 0), second(like_, out_.second ? all_sums : 0);
     packed_ = packed.data();
     state_ = state.data();
     sums_ = out_.sums ? sums.data() : nullptr;
@@ -189,6 +190,7 @@ class Forward {
     if (second_) transpose(sums(second_, 0, panel), P_, terms_, count, out_.second + row * out_.width, out_.width);
   }
 
+  const Tensor like_;
   const LinearKernels<F>& kernel_;
   const int64_t P_;
   std::vector<Factors<F>> factors_;
@@ -240,7 +242,7 @@ void linear_forward(
         write<F>(maximum), write<F>(total), write<F>(weighted), write<F>(target_score),
         write<char>(cache), kept, cached, write<F>(offsets), offsets ? offsets->stride(0) : 0, write<F>(sums), write<F>(second), width};
     if (cached > 0) expect_writes(write<char>(cache), divide_up(cached, P) * P * V * bytes_of(kept));
-    if (M > 0 && V > 0) Forward<F>(std::move(factors), Head<F>(V, M, factor, bias, softcap, inverse_temperature, inverse), read<int64_t>(target), M, out).run();
+    if (M > 0 && V > 0) Forward<F>(hidden, std::move(factors), Head<F>(V, M, factor, bias, softcap, inverse_temperature, inverse), read<int64_t>(target), M, out).run();
   };
   if (maximum.scalar_type() == ScalarType::Double) run(0.0);
   else run(0.0f);

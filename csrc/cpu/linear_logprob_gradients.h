@@ -27,8 +27,8 @@ class WeightGradient {
   int64_t padded() const { return padded_; }
   int64_t room(int64_t shares) const { return data_ && (shares > 1 || !direct_) ? kBlockColumns * padded_ : 0; }
 
-  void share(int64_t shares) {
-    if (data_ && shares > 1) copies_.emplace(shares * V_ * padded_);
+  void share(const Tensor& like, int64_t shares) {
+    if (data_ && shares > 1) copies_.emplace(like, shares * V_ * padded_);
   }
 
   // Where a block's products go, with the stride of its rows, and whether they join what is there.
@@ -72,7 +72,7 @@ class WeightGradient {
   int64_t row_, V_, K_, padded_;
   bool accumulate_, direct_ = false;
   ScalarType dtype_ = kDtype<F>;
-  std::optional<Buffer<F>> copies_;
+  std::optional<Workspace<F>> copies_;
 };
 
 }  // namespace specs

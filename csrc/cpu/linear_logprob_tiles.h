@@ -85,6 +85,20 @@ T* write(const MaybeTensor& x) {
   return x ? static_cast<T*>(x->mutable_data_ptr()) : nullptr;
 }
 
+// Workspace of a call, from PyTorch's allocator, whose records then show it; not initialised.
+template <class F>
+class Workspace {
+ public:
+  Workspace(const Tensor& like, int64_t count) : tensor_(torch::stable::new_empty(like, {count}, kDtype<F>)), data_(static_cast<F*>(tensor_.mutable_data_ptr())) {
+    expect_writes(data_, count * static_cast<int64_t>(sizeof(F)));
+  }
+  F* data() const { return data_; }
+
+ private:
+  Tensor tensor_;
+  F* data_;
+};
+
 // The columns [first, first + count) of the vocabulary that one block, one task or one call takes.
 struct Columns {
   int64_t first, count;

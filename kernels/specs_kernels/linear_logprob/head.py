@@ -175,9 +175,8 @@ class Rows:
         self.count = hidden_MD.shape[0]
         self.row_block = row_block
         self.hidden_MD = _aligned(hidden_MD.to(head.operand))
-        self._tail = self._padded_tail(self.hidden_MD)
+        self._tails: dict[int, Tensor] = {}
         self.low_MK: Tensor | None = None
-        self._low_tail: Tensor | None = None
         if head.lora_A is not None:
             self._make_low(head.lora_A.to(head.operand), head.dtype)
 
@@ -188,25 +187,24 @@ class Rows:
         wide_A[:rank] = lora_A
         low_PW = lora_A.new_empty(self.padded, wide_A.shape[0], dtype=dtype)
         for rows in slices(0, self.padded, self.row_block):
-            product_(low_PW[rows], self._block(self.hidden_MD, self._tail, rows), wide_A.T, 0, 1)
+            product_(low_PW[rows], self._block(self.hidden_MD, rows), wide_A.T, 0, 1)
         self.low_MK = low_PW[: self.count, :rank].to(lora_A.dtype)
-        self._low_tail = self._padded_tail(self.low_MK)
 
     @property
     def padded(self) -> int:
         """Rows including the padding of the last block."""
         return -(-self.count // self.row_block) * self.row_block
 
-    def _padded_tail(self, data: Tensor) -> Tensor | None:
-        rest = self.count % self.row_block
-        if rest == 0:
-            return None
-        tail = _aligned_zeros(self.row_block, data)
-        tail[:rest] = data[self.count - rest :]
-        return tail
-
-    def _block(self, data: Tensor, tail: Tensor | None, rows: slice) -> Tensor:
-        return data[rows] if rows.stop <= self.count or tail is None else tail
+    def _block(self, data: Tensor, rows: slice) -> Tensor:
+        """A block of rows; the last one, made once, is padded with zeros."""
+        if rows.stop <= self.count:
+            return data[rows]
+        if id(data) not in self._tails:
+            rest = self.count % self.row_block
+            tail = _aligned_zeros(self.row_block, data)
+            tail[:rest] = data[self.count - rest :]
+            self._tails[id(data)] = tail
+        return self._tails[id(data)]
 
     def products_(self, x_PC: Tensor, start: int, columns: Columns) -> None:
         """Fill ``x_PC`` (a multiple of the row block) with the products of the rows from ``start`` on."""
@@ -214,6 +212,6 @@ class Rows:
         for rows in slices(0, x_PC.shape[0], self.row_block):
             block = slice(start + rows.start, start + rows.stop)
             out = x_PC[rows]
-            product_(out, self._block(self.hidden_MD, self._tail, block), weight_DC, 0, columns.factor)
+            product_(out, self._block(self.hidden_MD, block), weight_DC, 0, columns.factor)
             if columns.lora_CK is not None and self.low_MK is not None:
-                product_(out, self._block(self.low_MK, self._low_tail, block), columns.lora_CK.T, 1, columns.factor)
+                product_(out, self._block(self.low_MK, block), columns.lora_CK.T, 1, columns.factor)
