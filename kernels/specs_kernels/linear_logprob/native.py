@@ -138,7 +138,7 @@ class NativeRowPass:
             into.accumulate,
         )
         for own, made in zip(targets, (weight, lora_B, bias), strict=True):
-            if own is not None and made is not own:
+            if own is not None and made is not None and made is not own:
                 own.copy_(made)
         return True
 
