@@ -268,7 +268,7 @@ def draw(result: dict[str, Any], path: Path | None) -> None:
     if path is None or not any("sweep" in section["shape"] for section in result["sections"]):
         return
     if version("matplotlib") is None:
-        print("no plot: matplotlib is not installed", file=sys.stderr)
+        print("no plot: matplotlib is not installed; pip install matplotlib", file=sys.stderr)
         return
     from bench.plot import plot
 

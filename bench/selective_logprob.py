@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.linear_logprob import ENTROPY, ENTROPY_WEIGHT, FORWARD, SHORT, TRAIN
-from bench.section import MISSING, Arm, Case, Goal, Section, importable, library
+from bench.section import Arm, Case, Goal, Section, importable, library, missing
 from specs_kernels import selective_logprob
 from specs_kernels.dispatch import backends, unavailable
 
@@ -151,7 +151,7 @@ def peers(problem: Problem) -> list[Arm]:
 def trl(problem: Problem) -> list[Arm]:
     name, lib = "TRL selective log-softmax", library("trl")
     if not importable("trl"):
-        return [Arm.absent(name, lib, MISSING)]
+        return [Arm.absent(name, lib, missing("trl"))]
 
     def call(p: Problem) -> Scores:
         from trl.trainer import utils
@@ -169,7 +169,7 @@ def liger(problem: Problem) -> list[Arm]:
     if problem.entropy:
         return []
     if not importable("liger_kernel"):
-        return [Arm.absent(name, lib, MISSING)]
+        return [Arm.absent(name, lib, missing("liger-kernel"))]
     if not problem.logits.is_cuda:
         return [Arm.absent(name, lib, "Triton kernels: needs a GPU")]
 
@@ -190,7 +190,7 @@ def quack(problem: Problem) -> list[Arm]:
     if problem.entropy:
         return []
     if not importable("quack"):
-        return [Arm.absent(name, lib, MISSING)]
+        return [Arm.absent(name, lib, missing("quack-kernels"))]
     if not problem.logits.is_cuda:
         return [Arm.absent(name, lib, "CuTe kernels: needs a GPU of sm_90 or newer")]
 
