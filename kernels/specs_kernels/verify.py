@@ -28,7 +28,9 @@ import torch
 from torch import Tensor
 
 from specs_kernels.dispatch import backends, ops
-from specs_kernels.verify_cases import Case, Invariance, Tensors, cases, invariance_cases
+from specs_kernels.verify_case import Case, Invariance, Tensors
+from specs_kernels.verify_cases import cases
+from specs_kernels.verify_logprob_cases import invariance_cases
 
 ALLOWED_RATIO = 2.0
 FLOOR = 1e-6
