@@ -65,9 +65,19 @@ class Problem:
             return {"loss": loss.detach(), "d logits": grad}
 
     def exact(self) -> dict[str, Tensor]:
-        """Plain PyTorch in fp64 from the same rounded logits."""
-        same = Problem(self.task, self.logits.detach().double().requires_grad_(self.training), self.target)
-        return same.run(lambda p: plain(p.logits, p.target, p.entropy))
+        """Plain PyTorch in fp64 from the same rounded logits, a few rows at a time."""
+        rows = max(1, (1 << (31 if self.logits.is_cuda else 28)) // (8 * self.logits.shape[1]))
+        pieces = zip(self.logits.detach().split(rows), self.target.split(rows), strict=True)
+        parts = [self.exact_of(logits, target) for logits, target in pieces]
+        whole = {name: [part[name] for part in parts] for name in parts[0]}
+        return {name: sum(v) if name == "loss" else torch.cat(v) for name, v in whole.items()}  # type: ignore[misc]
+
+    def exact_of(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Of some rows: their outputs, or their share of the loss and its gradient."""
+        share = len(target) / len(self.target)
+        part = Problem(self.task, logits.double().requires_grad_(self.training), target)
+        outputs = part.run(lambda p: plain(p.logits, p.target, p.entropy))
+        return {name: share * value if self.training else value for name, value in outputs.items()}
 
 
 def plain(logits: Tensor, target: Tensor, entropy: bool) -> Scores:
