@@ -6,6 +6,7 @@ An arm that raises is a row with the reason. Where nothing runs on the GPU after
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -47,6 +48,8 @@ def measure(
     without: arms not to be run, and why. stuck: called from another thread when an arm's first calls take too long.
     """
     tidy(device, tiny)
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
     section = case.build(device)
     arms = [arm for arm in section.arms if not only or any(text in arm.name for text in only)]
     if not arms:

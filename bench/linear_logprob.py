@@ -184,7 +184,6 @@ def reduced(entry: Case) -> Case:
 def build(shape: tuple[int, int, int], dtype: torch.dtype, task: str, sweep: bool, device: torch.device) -> Section:
     from bench.linear_logprob_peers import eager_and_compiled, peers
 
-    torch._dynamo.reset()
     problem = Problem.make(shape, dtype, task, device)
     num_tokens, dim, vocab = shape
     names = backends("linear_logprob", device)

@@ -7,7 +7,6 @@ machine does (clocks, other processes) meets all of them.
 from __future__ import annotations
 
 import ctypes
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -16,10 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch._C._profiler import _EventType
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd.profiler import profile  # the one in torch.profiler imports the whole compiler
 
 Outputs = Callable[[], dict[str, torch.Tensor]]
-os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler reports starts and stops otherwise
 MIN_ROUNDS = 3
 COPY_BYTES = 256 << 20
 """Far beyond the caches of a CPU; a GPU copies more (``copier``)."""
@@ -101,10 +99,10 @@ def held_beyond_gradients(function: Outputs, device: torch.device) -> tuple[int 
 
     From the profiler's record of every allocation and release; None where it holds none.
     """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+    with profile(profile_memory=True) as record:
         outputs = function()
     events: list[tuple[int, int, int]] = []
-    pending = list(record.profiler.kineto_results.experimental_event_tree())  # type: ignore[union-attr]
+    pending = list(record.kineto_results.experimental_event_tree())  # type: ignore[union-attr]
     while pending:
         event = pending.pop()
         pending += event.children

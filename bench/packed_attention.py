@@ -158,7 +158,6 @@ def cases(device: torch.device, *, tiny: bool = False) -> list[Case]:
 
 
 def build(forest: Forest, dtype: torch.dtype, training: bool, device: torch.device) -> Section:
-    torch._dynamo.reset()
     problem = Problem.make(forest, dtype, training, device)
     flop = (14 if training else 4) * forest.pairs * HEADS * WIDTH
     arms = [*ours(problem), *padded(problem), *replicated(problem), *flex(problem)]
