@@ -7,6 +7,7 @@ machine does (clocks, other processes) meets all of them.
 from __future__ import annotations
 
 import ctypes
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from torch._C._profiler import _EventType
 from torch.autograd.profiler import profile  # the one in torch.profiler imports the whole compiler
 
 Outputs = Callable[[], dict[str, torch.Tensor]]
+os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler reports starts and stops otherwise
 MIN_ROUNDS = 3
 COPY_BYTES = 256 << 20
 """Far beyond the caches of a CPU; a GPU copies more (``copier``)."""
