@@ -44,6 +44,8 @@ TOTAL_SECONDS = 515.0
 """Below nine minutes, with room to start, to write and to leave."""
 GRACE_SECONDS = 15.0
 POLL_SECONDS = 0.1
+COLLECT_SECONDS = 5.0
+"""Between two looks at what verifications have written so far."""
 UPDATE_NEEDS = {"transformers": (5, 23), "tokenizers": (0,), "numpy": (0,), "pillow": (0,), "safetensors": (0,)}
 TAIL = 3000
 """Characters of a failed part's stderr that gpu.json keeps."""
@@ -91,7 +93,7 @@ def plan(device: torch.device, folder: Path, checks: Path, *, tiny: bool) -> lis
     alone = ("linear_logprob", "linear_loss", "selective_logprob")
     update = ("-m", "bench.update", "--device", device.type, "--out", str(folder / "update.json"))
     return [
-        op("linear_logprob", 190, 6, "16384x4096x131072", "8192x4096x151936"),
+        op("linear_logprob", 230, 4, "16384x4096x131072", "8192x4096x151936"),
         verify(130, *([name] for name in alone), [name for name in kernel_ops() if name not in alone]),
         op("selective_logprob", 60, 2, "8192x151936"),
         op("packed_attention", 80, 2),
@@ -156,8 +158,9 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "0", "PYTHONUNBUFFERED": "1"}
 
 
-def run_step(step: Step, deadline: float, started: set[Path]) -> Iterable[dict[str, Any]]:
-    """Every part's entry as it ends. started: the results that this call has begun, to which a later part adds.
+def run_step(step: Step, deadline: float, started: set[Path]) -> Iterable[dict[str, Any] | None]:
+    """Every part's entry as it ends, and None now and then meanwhile. started: the results that this call has begun, to which
+    a later part adds.
 
     A benchmark that ends because it lost the GPU is begun again, as long as its time lasts.
     """
@@ -170,8 +173,12 @@ def run_step(step: Step, deadline: float, started: set[Path]) -> Iterable[dict[s
                 yield {"part": part.name, "ended": f"not run: {lacking or 'no time was left'}"}
             else:
                 running.append(begin(part, min(part.seconds, left - GRACE_SECONDS / 3), started))
+        looked = time.monotonic()
         while running:
             time.sleep(POLL_SECONDS)
+            if time.monotonic() - looked > COLLECT_SECONDS:
+                yield None
+                looked = time.monotonic()
             for one in list(running):
                 ended = one.ended()
                 if ended is None:
@@ -259,9 +266,11 @@ def run_all(
     try:
         for step in steps:
             for entry in run_step(step, deadline, started):
-                document["parts"].append(entry)
                 if any(checks.glob("*.json")):
                     write_json(folder / "verify.json", {**provenance(), "verify": collected(checks)})
+                if entry is None:
+                    continue
+                document["parts"].append(entry)
                 document["problems"] = problems(folder, since)
                 write_json(folder / "gpu.json", document)
                 print(f"--- {entry['part']}: {entry['ended']}", flush=True)

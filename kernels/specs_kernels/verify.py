@@ -288,7 +288,7 @@ def _document(results: Sequence[Result], device: str, *, complete: bool) -> dict
 
 def _write(path: Path, document: dict[str, Any]) -> None:
     """At once: whoever is stopped meanwhile leaves the old file or the new one."""
-    written = path.with_name(f".{path.name}")
+    written = path.with_name(f".{path.name}.partial")
     written.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     written.replace(path)
 

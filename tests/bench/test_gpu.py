@@ -143,6 +143,20 @@ def test_a_verification_that_was_stopped_has_not_passed(tmp_path: Path) -> None:
     assert (both["passed"], both["complete"], both["results"]) == (False, False, [1, 2])
 
 
+def test_what_verifications_have_written_is_there_before_they_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The part ends only when it finds its results collected."""
+    monkeypatch.setattr(gpu, "COLLECT_SECONDS", 0.0)
+    checks, collected = tmp_path / "checks", tmp_path / "verify.json"
+    document = {"torch": "2", "device": "a GPU", "rule": "r", "complete": False, "passed": True, "results": []}
+    wait = f"while not os.path.exists({str(collected)!r}): pass"
+    (tmp_path / "a.partial").write_text(json.dumps(document))
+    move = f"os.replace({str(tmp_path / 'a.partial')!r}, {str(checks / 'a.json')!r})"
+    code = f"import os\n{move}\n{wait}"
+    assert endings(run_all([script("verify", code, 30)], tmp_path)) == ["done"]
+
+
 def test_the_commit_may_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(machine.COMMIT_VARIABLE, "abc")
     assert machine.commit() != "abc"  # git tells here
