@@ -104,7 +104,7 @@ def held_beyond_gradients(function: Outputs, device: torch.device) -> tuple[int 
     with profile(profile_memory=True) as record:
         outputs = function()
     events: list[tuple[int, int, int]] = []
-    pending = list(record.kineto_results.experimental_event_tree())  # type: ignore[union-attr]
+    pending = list(record.kineto_results.experimental_event_tree())
     while pending:
         event = pending.pop()
         pending += event.children
