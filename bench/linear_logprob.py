@@ -184,10 +184,11 @@ def reduced(entry: Case) -> Case:
 def build(shape: tuple[int, int, int], dtype: torch.dtype, task: str, sweep: bool, device: torch.device) -> Section:
     from bench.linear_logprob_peers import eager_and_compiled, peers
 
-    torch._dynamo.reset()
     problem = Problem.make(shape, dtype, task, device)
     num_tokens, dim, vocab = shape
-    names = [choose("linear_logprob", device=device).backend] if sweep else backends("linear_logprob", device)
+    names = backends("linear_logprob", device)
+    if sweep and device.type == "cpu":
+        names = (choose("linear_logprob", device=device).backend,)
     arms = [*eager_and_compiled(problem), *ours(problem, names), *peers(problem)]
     if sweep:
         arms = [arm for arm in arms if arm.run is not None and not arm.name.startswith(UNSWEPT)]

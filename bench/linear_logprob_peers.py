@@ -7,7 +7,7 @@ computes cross-entropy only takes part in the tasks that are cross-entropy.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.linear_logprob import D_HIDDEN, FORWARD, FOUR, FROZEN, SCORES, THREE, TRAIN, Problem
-from bench.section import MISSING, Arm, importable, library
+from bench.section import Arm, importable, library, missing
 
 PerToken = Callable[[Problem], tuple[Tensor, Tensor | None]]
 Loss = Callable[[Problem], Tensor]
@@ -43,13 +43,16 @@ def by_loss(problem: Problem, function: Loss) -> dict[str, Tensor]:
 def eager_and_compiled(problem: Problem) -> list[Arm]:
     """``F.linear`` and fp32 softmax statistics, as trainers write it, and the same through ``torch.compile``."""
     plain = partial(forward_plain if problem.kind == FORWARD else train_plain, entropy=problem.entropy)
-    compiled = torch.compile(plain, dynamic=False, fullgraph=True)
+
+    @cache
+    def compiled() -> Callable[..., Any]:
+        return torch.compile(plain, dynamic=False, fullgraph=True)
 
     def arm(name: str, function: Callable[..., Any]) -> Arm:
         run = partial(per_token, problem, lambda p: function(p.hidden, p.weight, p.target))
         return Arm(name, library("torch"), run, bare=bare_parts(problem, scored_twice=False))
 
-    return [arm("eager", plain), arm("torch.compile", compiled)]
+    return [arm("eager", plain), arm("torch.compile", lambda *arguments: compiled()(*arguments))]
 
 
 def forward_plain(hidden: Tensor, weight: Tensor, target: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
@@ -107,7 +110,7 @@ def liger(problem: Problem) -> list[Arm]:
     lib = library("liger-kernel")
     names = ["Liger fused linear CE", "Liger scaled CE", "Liger chunked log-probs"]
     if not importable("liger_kernel"):
-        return [Arm.absent(name, lib, MISSING) for name in names]
+        return [Arm.absent(name, lib, missing("liger-kernel")) for name in names]
 
     def scaled(p: Problem) -> tuple[Tensor, Tensor | None]:
         from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
@@ -152,7 +155,7 @@ def trl(problem: Problem) -> list[Arm]:
     """The function behind its trainers' log-probs; its fp32 accumulators and chunk of 32768 columns."""
     name, lib = "TRL chunked log-probs", library("trl")
     if not importable("trl"):
-        return [Arm.absent(name, lib, MISSING)]
+        return [Arm.absent(name, lib, missing("trl"))]
     outputs = ("entropy",) if problem.entropy else ()
 
     def call(p: Problem) -> tuple[Tensor, Tensor | None]:
@@ -172,7 +175,7 @@ def cce(problem: Problem) -> list[Arm]:
     if not cross_entropy_only(problem):
         return []
     if not importable("cut_cross_entropy"):
-        return [Arm.absent("CCE", lib, MISSING)]
+        return [Arm.absent("CCE", lib, missing("cut-cross-entropy"))]
 
     def arm(name: str, note: str, twice: bool, **options: Any) -> Arm:
         def call(p: Problem, reduction: str) -> Tensor:
@@ -201,7 +204,7 @@ def quack(problem: Problem) -> list[Arm]:
     if not cross_entropy_only(problem) or problem.kind == FORWARD:
         return []
     if not importable("quack"):
-        return [Arm.absent(name, lib, MISSING)]
+        return [Arm.absent(name, lib, missing("quack-kernels"))]
     if not problem.hidden.is_cuda:
         return [Arm.absent(name, lib, "CuTe kernels: needs a GPU of sm_90 or newer")]
 

@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import torch
 _ROOT = Path(__file__).resolve().parents[1]
 _MODIFIED = ("status", "--porcelain", "-uno", "--", ".", ":(exclude)bench/results", ":(exclude)docs")
 """What a run writes is no change of what it measures."""
+COMMIT_VARIABLE = "SPECS_FAST_COMMIT"
+"""The commit of a source tree that was copied without its history (``python -m bench.gpu --commit``)."""
 
 
 def provenance() -> dict[str, Any]:
@@ -24,18 +27,34 @@ def provenance() -> dict[str, Any]:
     packages = ("torch", "transformers", "numpy", "triton")
     return {
         "command": " ".join([_program(), *sys.argv[1:]]),
-        "commit": _git("rev-parse", "HEAD") + (" (modified)" if _git(*_MODIFIED) else ""),
+        "commit": commit(),
         "hardware": {
             "cpu": cpu_name(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "threads": torch.get_num_threads(),
             "gpu": gpu or "none",
+            **({"driver": gpu_driver(), "cuda": torch.version.cuda or torch.version.hip} if gpu else {}),
         },
         "versions": {
             "python": platform.python_version(),
             **{package: _version(package) for package in packages},
         },
     }
+
+
+def commit() -> str:
+    """What is checked out here, or what the environment says where git does not tell."""
+    head = _git("rev-parse", "HEAD")
+    if head is None:
+        return os.environ.get(COMMIT_VARIABLE, "unknown")
+    return head + (" (modified)" if _git(*_MODIFIED) else "")
+
+
+@cache
+def gpu_driver() -> str:
+    """Version of the GPU's driver, from nvidia-smi where there is one."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return (_output(query) or "unknown").splitlines()[0]
 
 
 class OtherLoad:
@@ -86,6 +105,14 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _git(*arguments: str) -> str:
-    result = subprocess.run(["git", *arguments], cwd=_ROOT, capture_output=True, text=True, check=False)
-    return result.stdout.strip() if result.returncode == 0 else "unknown"
+def _git(*arguments: str) -> str | None:
+    return _output(["git", *arguments])
+
+
+def _output(command: list[str]) -> str | None:
+    """What a program prints; None where it is not there or fails."""
+    try:
+        result = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None

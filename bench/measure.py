@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch._C._profiler import _EventType
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd.profiler import profile  # the one in torch.profiler imports the whole compiler
 
 Outputs = Callable[[], dict[str, torch.Tensor]]
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler reports starts and stops otherwise
+os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler reports starts and stops otherwise
 MIN_ROUNDS = 3
 COPY_BYTES = 256 << 20
 """Far beyond the caches of a CPU; a GPU copies more (``copier``)."""
@@ -39,6 +39,14 @@ class Times(NamedTuple):
             return Times(seconds[0], seconds[0], seconds[0], 1)
         fifths = statistics.quantiles(seconds, n=5, method="inclusive")
         return Times(statistics.median(seconds), fifths[0], fifths[3], len(seconds))
+
+
+class CallFailed(RuntimeError):
+    """One of the functions that were timed together raised."""
+
+    def __init__(self, name: str, error: Exception) -> None:
+        super().__init__(f"{name}: {error}")
+        self.name, self.error = name, error
 
 
 def clock(function: Callable[[], Any], device: torch.device) -> float:
@@ -70,7 +78,7 @@ def _evict(device: torch.device) -> None:
 def interleaved(
     functions: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int, seconds: float | None = None
 ) -> dict[str, list[float]]:
-    """Seconds of every call of every function. They must have run once before.
+    """Seconds of every call of every function. They must have run once before. CallFailed where one raises.
 
     rounds: how many at most. seconds: no further round is begun after this time, but ``MIN_ROUNDS`` (or ``rounds``) are made.
     """
@@ -81,7 +89,10 @@ def interleaved(
         if seconds is not None and done >= MIN_ROUNDS and time.perf_counter() - started > seconds:
             break
         for name in names if done % 2 == 0 else reversed(names):
-            times[name].append(clock(functions[name], device))
+            try:
+                times[name].append(clock(functions[name], device))
+            except Exception as error:
+                raise CallFailed(name, error) from error
     return times
 
 
@@ -90,10 +101,10 @@ def held_beyond_gradients(function: Outputs, device: torch.device) -> tuple[int 
 
     From the profiler's record of every allocation and release; None where it holds none.
     """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+    with profile(profile_memory=True) as record:
         outputs = function()
     events: list[tuple[int, int, int]] = []
-    pending = list(record.profiler.kineto_results.experimental_event_tree())  # type: ignore[union-attr]
+    pending = list(record.kineto_results.experimental_event_tree())
     while pending:
         event = pending.pop()
         pending += event.children

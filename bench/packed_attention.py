@@ -158,7 +158,6 @@ def cases(device: torch.device, *, tiny: bool = False) -> list[Case]:
 
 
 def build(forest: Forest, dtype: torch.dtype, training: bool, device: torch.device) -> Section:
-    torch._dynamo.reset()
     problem = Problem.make(forest, dtype, training, device)
     flop = (14 if training else 4) * forest.pairs * HEADS * WIDTH
     arms = [*ours(problem), *padded(problem), *replicated(problem), *flex(problem)]
@@ -253,6 +252,8 @@ def replicated(problem: Problem) -> list[Arm]:
             torch.cat([head.repeat_interleave(group, 0), tail], 2)
             for head, tail in ((k_head, k_tail), (v_head, v_tail))
         )
+        if query.is_cuda:  # with fewer key heads and a mask it would take its unfused path
+            keys, values = (tensor.repeat_interleave(HEADS // KEY_HEADS, 1) for tensor in (keys, values))
         second = F.scaled_dot_product_attention(q_tail, keys, values, attn_mask=sees, enable_gqa=True)
         second = second.transpose(1, 2).reshape(trees, group * length, *query.shape[1:])
         return torch.cat([first.transpose(1, 2), second], 1).flatten(0, 1)

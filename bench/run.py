@@ -4,32 +4,39 @@ An op's file in this folder gives cases (``bench.section``); the runner builds o
 measures its memory, times all arms of the case in alternating rounds, prints a table, and writes JSON and a plot. A run
 replaces the sections that it measured and keeps the others of the file; every section carries its own command, commit,
 hardware and versions.
+
+What fails is said and costs nothing else: an arm that raises is a row with the reason, a section that raises stands under
+"run" in the JSON and makes the exit code 1. An arm after which the GPU is of no use any more, or that does not return, ends
+the process with exit code 3; the same command with ``--resume`` leaves that arm out and goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib
 import json
+import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from bench.machine import OtherLoad, provenance
-from bench.measure import MEMORY_NOTE, Times, copier, held_beyond_gradients, interleaved, peak_bytes
-from bench.section import Arm, Case, Goal, Section, version
+from bench.arms import ARM_SECONDS, DeviceLost, measure, problem_of, usable
+from bench.section import Case, Goal, version
 from bench.tables import goal_line, section_table
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 OPS = ("linear_logprob", "selective_logprob", "packed_attention")
-COPY = "copy"
+FAILED, DEVICE_LOST = 1, 3
+
+
+class BadOption(ValueError):
+    """An option that names nothing, or that cannot be; the text says what is allowed."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,20 +55,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, help="PNG to write (default: docs/bench-OP-<cpu or GPU>.png)")
     parser.add_argument("--no-write", action="store_true", help="print only")
     parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run in --out: without its sections and the arms it died of",
+    )
+    parser.add_argument(
         "--tiny", action="store_true", help="the same sections at tiny sizes: tests the flow, not the speed"
     )
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure; returns what the JSON file holds. ValueError for options that name nothing."""
+    """Measure; returns what the JSON file holds, ``exit_code`` says how it went. BadOption for options that name nothing."""
     device = checked_device(options.device)
     if options.threads is not None:
         if options.threads < 1:
-            raise ValueError(f"--threads is {options.threads}; it must be at least 1")
+            raise BadOption(f"--threads is {options.threads}; it must be at least 1")
         torch.set_num_threads(options.threads)
     for name in ("repeats", "seconds"):
         if getattr(options, name) is not None and getattr(options, name) <= 0:
-            raise ValueError(f"--{name} is {getattr(options, name)}; it must be above 0")
+            raise BadOption(f"--{name} is {getattr(options, name)}; it must be above 0")
     op = load(options.op)
     cases: list[Case] = chosen(op.cases(device, tiny=options.tiny), options.shapes)
     goals: list[Goal] = [] if options.tiny else op.goals(device)
@@ -69,16 +81,26 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         print("\n".join(case.name for case in cases))
         return {}
     path = options.out or RESULTS / device_name(device) / f"{options.op}.json"
-    result = read_or_new(path, options.op, op.WHAT, device)
+    result = read_or_new(path, options.op, op.WHAT, device, resume=options.resume)
     if options.tiny:
         result["tiny"] = True
-    for case in cases:
-        section = measure(case, device, options.repeats, options.seconds, options.arms, options.tiny)
-        result["sections"] = merged(result["sections"], section)
+    log, store = result["run"], (lambda: None) if options.no_write else (lambda: write_json(path, result))
+    skipped: list[str] = []
+    for case in [case for case in cases if case.name not in log["sections"]]:
+        try:
+            section = measure_watched(case, device, options, log, store)
+        except DeviceLost:
+            return result
+        if section is None:
+            skipped.append(case.name)
+        elif section:
+            result["sections"] = merged(result["sections"], section)
+            print(section_table(section), end="\n\n", flush=True)
+        log["sections"].append(case.name)
         result["goals"] = judged(goals, result["sections"])
-        print(section_table(section), end="\n\n", flush=True)
-        if not options.no_write:
-            write_json(path, result)
+        store()
+    if options.arms and len(skipped) == len(cases):
+        raise BadOption(f"--arms {' '.join(options.arms)}: no arm's name contains that in: {'; '.join(skipped)}")
     for goal in result["goals"]:
         print(goal_line(goal))
     if not options.no_write:
@@ -87,128 +109,56 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def exit_code(result: Mapping[str, Any]) -> int:
+    """0, 1 where a section failed, 3 where the run ended because an arm left the GPU of no use."""
+    log = result.get("run", {})
+    return DEVICE_LOST if log.get("ended") == "device lost" else FAILED if log.get("failed") else 0
+
+
+def measure_watched(
+    case: Case, device: torch.device, options: argparse.Namespace, log: dict[str, Any], store: Callable[[], None]
+) -> dict[str, Any] | None:
+    """The section; None without an arm that was asked for, empty where it failed. What went wrong is noted in ``log``."""
+
+    def lost(arm: str, problem: str) -> None:
+        log["lost"].append({"section": case.name, "arm": arm, "problem": problem})
+        log["ended"] = "device lost"
+        print(f"{case.name}: {arm}: {problem}; the GPU is lost to this process", file=sys.stderr, flush=True)
+        store()
+
+    def stuck(arm: str) -> None:
+        lost(arm, f"did not return within {ARM_SECONDS:g} s")
+        os._exit(DEVICE_LOST)  # the main thread waits for the GPU
+
+    without = {entry["arm"]: f"{entry['problem']}, in {entry['section']}" for entry in log["lost"]}
+    try:
+        return measure(
+            case, device, options.repeats, options.seconds, options.arms, options.tiny, without=without, stuck=stuck
+        )
+    except DeviceLost as error:
+        lost(error.arm, str(error))
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        log["failed"].append({"section": case.name, "problem": problem_of(error)})
+        if not usable(device):
+            log["sections"].append(case.name)
+            lost("", problem_of(error))
+            raise DeviceLost("", problem_of(error)) from error
+        return {}
+
+
 def load(op: str) -> Any:
     """The op's file."""
     return importlib.import_module(f"bench.{op}")
 
 
-def measure(
-    case: Case,
-    device: torch.device,
-    rounds: int | None,
-    seconds: float | None,
-    only: Sequence[str] | None = None,
-    tiny: bool = False,
-) -> dict[str, Any]:
-    """One section: errors, memory, times. tiny: a copy too small to say anything about memory."""
-    section = case.build(device)
-    gc.collect()
-    arms = [arm for arm in section.arms if not only or any(text in arm.name for text in only)]
-    exact = section.exact() if section.exact is not None else {}
-    rows: dict[str, dict[str, Any]] = {}
-    runnable: dict[str, Arm] = {}
-    for arm in arms:
-        row: dict[str, Any] = {"arm": arm.name, "library": arm.library}
-        rows[arm.name] = row
-        if arm.run is None:
-            row["not_run"] = arm.why_not
-            continue
-        try:
-            extra, outputs = held_beyond_gradients(arm.run, device)
-            row["error"] = errors(outputs if arm.check is None else arm.check(outputs), exact)
-            del outputs
-            if device.type == "cuda":  # what a first call tries out is not what it needs
-                extra, _ = held_beyond_gradients(arm.run, device)
-            row["extra_mib"], row["peak_mib"] = mib(extra), mib(peak_bytes(arm.run, device))
-        except Exception as error:  # a peer's failure is a result
-            row["not_run"] = f"raised {type(error).__name__}: {first_line(error)}"
-            continue
-        if arm.note:
-            row["note"] = arm.note
-        runnable[arm.name] = arm
-    del exact
-    gc.collect()
-    copy, copied = copier(device, 1 << 20 if tiny else None)
-    functions: dict[str, Callable[[], Any]] = {f"bare {name}": part for name, part in section.bare.items()}
-    functions[COPY] = copy
-    for function in functions.values():
-        function()
-    functions |= {name: arm.run for name, arm in runnable.items() if arm.run is not None}
-    others = OtherLoad()
-    times = {
-        name: Times.of(values)
-        for name, values in interleaved(functions, device, rounds or case.rounds, seconds).items()
-    }
-    load = others.cores()
-    bandwidth = copied / times[COPY].median
-    bare = {name: times[f"bare {name}"].median for name in section.bare}
-    for name, arm in runnable.items():
-        rows[name] |= figures(times[name], arm, section, bare, bandwidth)
-    return {
-        "name": case.name,
-        "shape": case.shape,
-        "measured": provenance(),
-        "cores_busy_with_other_processes": load,
-        "memory": MEMORY_NOTE,
-        "bare_milliseconds": {name: round(1e3 * value, 4) for name, value in bare.items()},
-        "copy_gb_per_s": round(bandwidth / 1e9, 2),
-        "useful_flop": section.flop,
-        "useful_bytes": section.moved,
-        "rows": list(rows.values()),
-    }
-
-
-def figures(times: Times, arm: Arm, section: Section, bare: dict[str, float], bandwidth: float) -> dict[str, Any]:
-    """What the table shows of an arm's times."""
-    result: dict[str, Any] = {
-        "milliseconds": {
-            "median": round(1e3 * times.median, 4),
-            "p20": round(1e3 * times.p20, 4),
-            "p80": round(1e3 * times.p80, 4),
-        },
-        "rounds": times.rounds,
-    }
-    if section.flop:
-        result["useful_tflops"] = round(section.flop / times.median / 1e12, 4)
-    if arm.bare:
-        result["bare"] = list(arm.bare)
-        result["times_bare"] = round(times.median / sum(bare[name] for name in arm.bare), 4)
-    if section.moved:
-        result["of_copy_bandwidth"] = round(section.moved / times.median / bandwidth, 4)
-    return result
-
-
-def errors(outputs: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
-    """||x - exact|| / ||exact|| of every output that the exact answer has."""
-    result = {}
-    for name, value in outputs.items():
-        if name in exact:
-            wanted = exact[name]
-            scale = float(wanted.double().norm())
-            result[name] = float(f"{_distance(value.detach(), wanted) / (scale or 1.0):.3g}")
-    return result
-
-
-def _distance(value: Tensor, exact: Tensor) -> float:
-    """Frobenius norm of the difference, in fp64, a slice at a time."""
-    if value.shape != exact.shape:
-        raise ValueError(f"an output has shape {tuple(value.shape)}; the exact one has {tuple(exact.shape)}")
-    if value.dim() == 0:
-        return abs(float(value.double() - exact.double()))
-    pieces = zip(value.split(8192), exact.split(8192), strict=True)
-    return sum(float((a.double() - b.double()).norm()) ** 2 for a, b in pieces) ** 0.5
-
-
-def mib(size: int | None) -> float | None:
-    return None if size is None else round(size / 2**20, 1)
-
-
 def chosen(cases: Sequence[Case], texts: Sequence[str] | None) -> list[Case]:
-    """The cases whose name contains one of the texts; all without texts. ValueError when there is none."""
+    """The cases whose name contains one of the texts; all without texts. BadOption when there is none."""
     found = [case for case in cases if not texts or any(text in case.name for text in texts)]
     if not found:
         names = "; ".join(case.name for case in cases)
-        raise ValueError(f"--shapes {' '.join(texts or ())}: no section's name contains that; sections: {names}")
+        raise BadOption(f"--shapes {' '.join(texts or ())}: no section's name contains that; sections: {names}")
     return found
 
 
@@ -248,19 +198,33 @@ def goal_value(goal: Goal, sections: list[dict[str, Any]]) -> float | None:
     return round(baseline["milliseconds"]["median"] / row["milliseconds"]["median"], 4)
 
 
-def read_or_new(path: Path, op: str, what: str, device: torch.device) -> dict[str, Any]:
-    """The file's content, its sections to be replaced one by one, or an empty result."""
+def read_or_new(path: Path, op: str, what: str, device: torch.device, *, resume: bool = False) -> dict[str, Any]:
+    """The file's content, its sections to be replaced one by one, or an empty result.
+
+    "run" says of the last run which sections it is done with, which of them failed, and which arms the GPU was lost to.
+    """
     result: dict[str, Any] = {"op": op, "what": what, "device": device_name(device), "sections": [], "goals": []}
-    if path.is_file():
+    result["run"] = {"sections": [], "failed": [], "lost": []}
+    if path.is_dir():
+        raise BadOption(f"--out is {path}, a folder; name a file")
+    if not path.is_file():
+        return result
+    try:
         old = json.loads(path.read_text(encoding="utf-8"))
-        if old.get("op") == op and not old.get("tiny"):
-            result["sections"] = old["sections"]
+        if old["op"] == op and (resume or not old.get("tiny")):
+            result |= {"sections": old["sections"]}
+            result["run"] |= {key: old["run"][key] for key in result["run"]} if resume else {}
+    except (ValueError, KeyError, TypeError):
+        raise BadOption(f"--out is {path}, which is no result of this program; move it away or name another") from None
     return result
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
+    """At once: whoever reads or is stopped meanwhile finds the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    written = path.with_name(f".{path.name}.{os.getpid()}")
+    written.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    written.replace(path)
 
 
 def draw(result: dict[str, Any], path: Path | None) -> None:
@@ -268,7 +232,7 @@ def draw(result: dict[str, Any], path: Path | None) -> None:
     if path is None or not any("sweep" in section["shape"] for section in result["sections"]):
         return
     if version("matplotlib") is None:
-        print("no plot: matplotlib is not installed", file=sys.stderr)
+        print("no plot: matplotlib is not installed; pip install matplotlib", file=sys.stderr)
         return
     from bench.plot import plot
 
@@ -277,15 +241,15 @@ def draw(result: dict[str, Any], path: Path | None) -> None:
 
 
 def checked_device(name: str) -> torch.device:
-    """ValueError for a device that is not here."""
+    """BadOption for a device that is not here."""
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"--device is {name!r}; allowed: cpu, cuda, cuda:N") from None
+        raise BadOption(f"--device is {name!r}; allowed: cpu, cuda, cuda:N") from None
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device is {name!r}; allowed: cpu, cuda, cuda:N")
+        raise BadOption(f"--device is {name!r}; allowed: cpu, cuda, cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device is {name!r}, but PyTorch sees {torch.cuda.device_count()} GPUs")
+        raise BadOption(f"--device is {name!r}, but PyTorch sees {torch.cuda.device_count()} GPUs")
     return device
 
 
@@ -296,20 +260,14 @@ def device_name(device: torch.device) -> str:
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
 
 
-def first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else ""
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.run", description="Measure an op against its peers.")
     add_arguments(parser)
     try:
-        run(parser.parse_args(arguments))
-    except ValueError as error:
+        return exit_code(run(parser.parse_args(arguments)))
+    except BadOption as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 Run = Callable[[], dict[str, Tensor]]
-MISSING = "not installed"
 
 
 @dataclass(frozen=True)
@@ -89,8 +88,13 @@ def version(distribution: str) -> str | None:
 
 
 def library(distribution: str) -> str:
-    """Name and version, for a result's row."""
-    return f"{distribution} {version(distribution) or MISSING}"
+    """Name and version, for a result's row; the name alone where no version is known."""
+    return f"{distribution} {version(distribution) or ''}".strip()
+
+
+def missing(distribution: str) -> str:
+    """Why an arm of a library that is not here was not run, and what changes that."""
+    return f"not installed; pip install {distribution}"
 
 
 def importable(module: str) -> bool:

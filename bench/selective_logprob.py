@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.linear_logprob import ENTROPY, ENTROPY_WEIGHT, FORWARD, SHORT, TRAIN
-from bench.section import MISSING, Arm, Case, Goal, Section, importable, library
+from bench.section import Arm, Case, Goal, Section, importable, library, missing
 from specs_kernels import selective_logprob
 from specs_kernels.dispatch import backends, unavailable
 
@@ -65,9 +65,19 @@ class Problem:
             return {"loss": loss.detach(), "d logits": grad}
 
     def exact(self) -> dict[str, Tensor]:
-        """Plain PyTorch in fp64 from the same rounded logits."""
-        same = Problem(self.task, self.logits.detach().double().requires_grad_(self.training), self.target)
-        return same.run(lambda p: plain(p.logits, p.target, p.entropy))
+        """Plain PyTorch in fp64 from the same rounded logits, a few rows at a time."""
+        rows = max(1, (1 << (31 if self.logits.is_cuda else 28)) // (8 * self.logits.shape[1]))
+        pieces = zip(self.logits.detach().split(rows), self.target.split(rows), strict=True)
+        parts = [self.exact_of(logits, target) for logits, target in pieces]
+        whole = {name: [part[name] for part in parts] for name in parts[0]}
+        return {name: sum(v) if name == "loss" else torch.cat(v) for name, v in whole.items()}  # type: ignore[misc]
+
+    def exact_of(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Of some rows: their outputs, or their share of the loss and its gradient."""
+        share = len(target) / len(self.target)
+        part = Problem(self.task, logits.double().requires_grad_(self.training), target)
+        outputs = part.run(lambda p: plain(p.logits, p.target, p.entropy))
+        return {name: share * value if self.training else value for name, value in outputs.items()}
 
 
 def plain(logits: Tensor, target: Tensor, entropy: bool) -> Scores:
@@ -109,7 +119,6 @@ def case(shape: tuple[int, int], dtype: torch.dtype, task: str, sweep: bool, *, 
 
 
 def build(shape: tuple[int, int], dtype: torch.dtype, task: str, device: torch.device) -> Section:
-    torch._dynamo.reset()
     problem = Problem.make(shape, dtype, task, device)
     reads_and_writes = 3 if problem.training else 1
     moved = reads_and_writes * problem.logits.numel() * problem.logits.element_size()
@@ -118,11 +127,15 @@ def build(shape: tuple[int, int], dtype: torch.dtype, task: str, device: torch.d
 
 def eager_and_compiled(problem: Problem) -> list[Arm]:
     plain_form = partial(eager, entropy=problem.entropy, training=problem.training)
-    compiled = torch.compile(plain_form, dynamic=False, fullgraph=True)
     lib = library("torch")
+
+    @cache
+    def compiled() -> Callable[[Tensor, Tensor], Scores]:
+        return torch.compile(plain_form, dynamic=False, fullgraph=True)
+
     return [
         Arm("eager", lib, partial(problem.run, lambda p: plain_form(p.logits, p.target))),
-        Arm("torch.compile", lib, partial(problem.run, lambda p: compiled(p.logits, p.target))),
+        Arm("torch.compile", lib, partial(problem.run, lambda p: compiled()(p.logits, p.target))),
     ]
 
 
@@ -151,7 +164,7 @@ def peers(problem: Problem) -> list[Arm]:
 def trl(problem: Problem) -> list[Arm]:
     name, lib = "TRL selective log-softmax", library("trl")
     if not importable("trl"):
-        return [Arm.absent(name, lib, MISSING)]
+        return [Arm.absent(name, lib, missing("trl"))]
 
     def call(p: Problem) -> Scores:
         from trl.trainer import utils
@@ -169,7 +182,7 @@ def liger(problem: Problem) -> list[Arm]:
     if problem.entropy:
         return []
     if not importable("liger_kernel"):
-        return [Arm.absent(name, lib, MISSING)]
+        return [Arm.absent(name, lib, missing("liger-kernel"))]
     if not problem.logits.is_cuda:
         return [Arm.absent(name, lib, "Triton kernels: needs a GPU")]
 
@@ -190,7 +203,7 @@ def quack(problem: Problem) -> list[Arm]:
     if problem.entropy:
         return []
     if not importable("quack"):
-        return [Arm.absent(name, lib, MISSING)]
+        return [Arm.absent(name, lib, missing("quack-kernels"))]
     if not problem.logits.is_cuda:
         return [Arm.absent(name, lib, "CuTe kernels: needs a GPU of sm_90 or newer")]
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -34,6 +33,7 @@ import torch
 from transformers import PreTrainedModel
 
 from bench.machine import OtherLoad, provenance
+from bench.run import RESULTS, write_json
 from specs_fast.data.processor import IMAGE_TOKEN
 from specs_fast.data.types import EncodedImage, EncodedPrompt, Scores, Tree
 from specs_fast.lab.model import new_model
@@ -44,7 +44,6 @@ from specs_fast.models.load import vision_tower
 from specs_kernels import linear_logprob, native, policy_loss
 from specs_kernels.dispatch import choose
 
-RESULTS = Path(__file__).parent / "results"
 TOKENIZER = build_tokenizer()
 IMAGE, VISION_BEGIN, VISION_STOP = TOKENIZER.convert_tokens_to_ids([IMAGE_TOKEN, VISION_START, VISION_END])
 PATCH, MERGE, TEMPORAL = 8, 2, 1
@@ -258,22 +257,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    rows: list[dict[str, Any]] = []
-    print(f"{'shape':44} {'vision':8}" + "".join(f"{name:>16}" for name in SCORERS) + "   shared is faster by")
-    for shape in SHAPES:
-        for freeze in (False, True):
-            row = measure(shape, freeze_vision=freeze, device=arguments.device, repeats=arguments.repeats)
-            rows.append(row)
-            times = "".join(f"{row['milliseconds'][name]['median']:13.1f} ms" for name in SCORERS)
-            ratios = ", ".join(f"{ratio:.2f}x ({name})" for name, ratio in row["times_faster"].items())
-            others = row["cores_busy_with_other_processes"]
-            note = f"   ({others} cores busy with other processes)" if others and others > 0.1 else ""
-            print(f"{shape.name:44} {row['vision']:8}{times}   {ratios}{note}")
-    worst = max(error for row in rows for error in row["gradient_error_against_padded"].values())
-    print(f"gradients agree to {worst:.1e} relative")
-    if arguments.no_write:
-        return
     kind = "cpu" if arguments.device == "cpu" else "gpu"
+    path = arguments.out or RESULTS / kind / "update.json"
+    rows: list[dict[str, Any]] = []
     result = {
         **provenance(),
         "what": "one GRPO update (score, policy loss, backward, AdamW), fp32; the arms are described in bench/update.py",
@@ -281,10 +267,22 @@ def main() -> None:
         "rows": rows,
         "gpu": "not measured" if kind == "cpu" else "see rows",
     }
-    path = arguments.out or RESULTS / kind / "update.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(f"written to {path}")
+    print(f"{'shape':44} {'vision':8}" + "".join(f"{name:>16}" for name in SCORERS) + "   shared is faster by")
+    for shape in SHAPES:
+        for freeze in (False, True):
+            row = measure(shape, freeze_vision=freeze, device=arguments.device, repeats=arguments.repeats)
+            rows.append(row)
+            if not arguments.no_write:  # whoever runs out of time keeps the rows that are there
+                write_json(path, result)
+            times = "".join(f"{row['milliseconds'][name]['median']:13.1f} ms" for name in SCORERS)
+            ratios = ", ".join(f"{ratio:.2f}x ({name})" for name, ratio in row["times_faster"].items())
+            others = row["cores_busy_with_other_processes"]
+            note = f"   ({others} cores busy with other processes)" if others and others > 0.1 else ""
+            print(f"{shape.name:44} {row['vision']:8}{times}   {ratios}{note}", flush=True)
+    worst = max(error for row in rows for error in row["gradient_error_against_padded"].values())
+    print(f"gradients agree to {worst:.1e} relative")
+    if not arguments.no_write:
+        print(f"written to {path}")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,10 @@ INTERRUPTED = 130
 _OVERRIDE = re.compile(r"(--)?[A-Za-z_][\w.-]*=")
 
 
+class UsageError(ValueError):
+    """An option of the command line that cannot be; its text says it all."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 2 for a mistake of the user, 130 when interrupted."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
@@ -51,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("SPECS_FAST_TRACEBACK") == "1":
             raise
         print(f"error: {error}", file=sys.stderr)
-        if not isinstance(error, ConfigError | FileNotFoundError):
+        if not isinstance(error, ConfigError | FileNotFoundError | UsageError):
             print("(SPECS_FAST_TRACEBACK=1 shows where this was found)", file=sys.stderr)
         return USER_ERROR
     return 0
@@ -186,14 +190,19 @@ def bench_command(options: argparse.Namespace) -> None:
     runner = source_package("bench", root).run
     parser = argparse.ArgumentParser(prog="specs-fast bench", description="Measure an op against its peers.")
     runner.add_arguments(parser)
-    runner.run(parser.parse_args(options.arguments))
+    try:
+        code = runner.exit_code(runner.run(parser.parse_args(options.arguments)))
+    except runner.BadOption as error:
+        raise UsageError(str(error)) from error
+    if code:
+        sys.exit(code)
 
 
 def source_package(name: str, root: Path) -> Any:
-    """The package ``name`` of the checkout at ``root`` with its module ``run``; ValueError where ``root`` is no checkout."""
+    """The package ``name`` of the checkout at ``root`` with its module ``run``; UsageError where ``root`` is no checkout."""
     folder = root / name
     if not (folder / "run.py").is_file():
-        raise ValueError(
+        raise UsageError(
             f"specs-fast {name} needs a source checkout, with its {name}/ folder and the results in it; there is none at "
             f"{root}. Clone the repository, install it with `pip install -e .`, and call specs-fast {name} again"
         )

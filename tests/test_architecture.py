@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 # Lower number: nearer the ground. A module imports modules of a lower layer, or of its own package.
@@ -91,3 +93,14 @@ def test_importing_the_kernel_library_does_not_import_the_trainer_or_transformer
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_trl_extra_installs_what_the_integration_admits() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        requirements = tomllib.load(file)["project"]["optional-dependencies"]["trl"]
+    (trl,) = (Requirement(text).specifier for text in requirements if Requirement(text).name == "trl")
+    tree = ast.parse((ROOT / "specs_fast" / "integrations" / "trl.py").read_text(encoding="utf-8"))
+    assigned = {ast.unparse(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)}
+    admitted = set(ast.literal_eval(assigned["VERSIONS"]))
+    every = [f"{major}.{minor}" for major in range(3) for minor in range(100)]
+    assert {version for version in every if f"{version}.3" in trl} == admitted

@@ -20,6 +20,7 @@ from specs_fast.integrations.logit_metrics import mean_and_top1
 from specs_kernels import linear_logprob
 
 VERSIONS = ("1.16",)
+"""What the extra ``trl`` in pyproject.toml installs."""
 _ARGUMENTS = "hidden weight bias targets temperature chunk_size final_logit_softcapping logit_scale outputs".split()
 _OUTPUTS = {"log_probs", "entropy", "mean_logits", "is_top1"}
 
@@ -36,7 +37,8 @@ def use_linear_logprob() -> ExitStack:
         raise RuntimeError("TRL already takes its log-probs from linear_logprob; close() what the first call returned")
     arguments = list(inspect.signature(getattr(theirs, "forward", theirs)).parameters)[1:]
     if ".".join(trl.__version__.split(".")[:2]) not in VERSIONS or arguments != _ARGUMENTS:
-        raise RuntimeError(f"trl {trl.__version__} is not known to this integration; install trl {VERSIONS[-1]}.x")
+        known = " or ".join(f"{version}.x" for version in VERSIONS)
+        raise RuntimeError(f"trl {trl.__version__} is not known to this integration; install trl {known}")
     undo = ExitStack()
     undo.callback(setattr, utils, "_ChunkedLogProbFunction", theirs)
     utils._ChunkedLogProbFunction = _LinearLogprob

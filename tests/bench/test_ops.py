@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench import linear_logprob, linear_logprob_peers, packed_attention, selective_logprob
-from bench.run import measure
+from bench.arms import measure
 from bench.section import Case
 
 CPU = torch.device("cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from bench import arms
 from bench import run as runner
 from bench.measure import MIN_ROUNDS, Times, held_beyond_gradients, interleaved, peak_bytes
 from bench.section import Arm, Case, Goal, Section
@@ -38,7 +40,7 @@ CASE = Case("2x8 forward", {"N": 2, "V": 8, "dtype": "fp32", "task": "forward"},
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, Any]:
-    return runner.measure(CASE, CPU, rounds=2, seconds=None, tiny=True)
+    return arms.measure(CASE, CPU, rounds=2, seconds=None, tiny=True)
 
 
 def row(section: dict[str, Any], arm: str) -> dict[str, Any]:
@@ -74,7 +76,7 @@ def test_the_table_shows_every_arm(measured: dict[str, Any]) -> None:
 
 def test_an_output_of_the_wrong_shape_is_no_result() -> None:
     with pytest.raises(ValueError, match=r"shape \(2, 1\)"):
-        runner.errors({"logp": torch.ones(2, 1)}, EXACT)
+        arms.errors({"logp": torch.ones(2, 1)}, EXACT)
 
 
 def test_rounds_alternate_and_stop_when_the_time_is_over() -> None:
@@ -146,7 +148,7 @@ def options(out: Path, **more: Any) -> SimpleNamespace:
     defaults: dict[str, Any] = dict.fromkeys(("threads", "seconds", "shapes", "arms", "plot"))
     return SimpleNamespace(
         **{**defaults, "op": "made_up", "device": "cpu", "repeats": 2, "list": False, "no_write": False, "tiny": False}
-        | {"out": out}
+        | {"resume": False, "out": out}
         | more
     )
 
@@ -161,6 +163,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     )
     monkeypatch.setattr(runner, "load", lambda op: module)
     monkeypatch.setattr("bench.measure.COPY_BYTES", 1 << 20)
+    monkeypatch.setattr("bench.arms.gc.collect", lambda: 0)
     return ["2x8 forward", "4x8 forward"]
 
 
@@ -197,12 +200,90 @@ def test_arms_can_be_picked(made_up: list[str], tmp_path: Path) -> None:
         ({"device": "cuda:99"}, "--device is 'cuda:99', but PyTorch sees"),
         ({"threads": 0}, "--threads is 0; it must be at least 1"),
         ({"repeats": 0}, "--repeats is 0; it must be above 0"),
+        ({"arms": ["nothing"]}, "--arms nothing: no arm's name contains that in: 2x8 forward; 4x8 forward"),
+        ({"out": Path(__file__)}, "test_runner.py, which is no result of this program; move it away or name another"),
+        ({"out": Path(__file__).parent}, "bench, a folder; name a file"),
     ],
 )
 def test_bad_options_are_refused(made_up: list[str], tmp_path: Path, bad: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError) as error:
-        runner.run(options(tmp_path / "x.json", **bad))
+    with pytest.raises(runner.BadOption) as error:
+        runner.run(options(**{"out": tmp_path / "x.json"} | bad))
     assert message in str(error.value)
+
+
+def test_a_bad_option_of_the_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "linear_logprob", "--shapes", "nothing"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --shapes nothing: no section's name contains that; sections: 512x896x151936 fp32")
+
+
+def failing(device: torch.device) -> Section:
+    raise RuntimeError("no room for the inputs")
+
+
+def test_a_section_that_fails_costs_no_other_and_is_said(
+    made_up: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = runner.load("made_up")
+    cases = module.cases(CPU, tiny=False)
+    monkeypatch.setattr(module, "cases", lambda device, tiny: [Case("bad", CASE.shape, failing, 2), *cases])
+    runner.run(options(tmp_path / "x.json"))
+    result = json.loads((tmp_path / "x.json").read_text())
+    assert [entry["name"] for entry in result["sections"]] == made_up
+    assert result["run"]["failed"] == [{"section": "bad", "problem": "raised RuntimeError: no room for the inputs"}]
+    assert runner.exit_code(result) == runner.FAILED
+
+
+def test_an_arm_that_raises_while_timed_costs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def later() -> dict[str, torch.Tensor]:
+        calls.append(1)
+        if len(calls) > 3:
+            raise RuntimeError("out of memory")
+        return {"logp": torch.tensor([3.0, 4.0])}
+
+    def with_later(device: torch.device) -> Section:
+        built = section(device)
+        built.arms.append(Arm("later", "lib", later, note="a note"))
+        return built
+
+    measured = arms.measure(Case("s", CASE.shape, with_later, 5), CPU, rounds=5, seconds=None, tiny=True)
+    assert measured is not None
+    assert row(measured, "later") == {"arm": "later", "library": "lib", "not_run": "raised RuntimeError: out of memory"}
+    assert row(measured, "good")["rounds"] == 5
+
+
+def test_a_lost_device_ends_the_run_and_resume_goes_on_without_the_arm(
+    made_up: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last arm of the first section leaves nothing usable; it stays out from then on, in every section."""
+    path = tmp_path / "x.json"
+    monkeypatch.setattr(arms, "usable", lambda device: False)
+    lost = runner.run(options(path))
+    assert runner.exit_code(lost) == runner.DEVICE_LOST and lost["sections"] == []
+    entry = {"section": "2x8 forward", "arm": "broken", "problem": "raised RuntimeError: no kernel image"}
+    assert json.loads(path.read_text())["run"]["lost"] == [entry]
+    result = runner.run(options(path, resume=True))
+    assert runner.exit_code(result) == 0 and [entry["name"] for entry in result["sections"]] == made_up
+    for measured in result["sections"]:
+        assert row(measured, "broken")["not_run"] == "raised RuntimeError: no kernel image, in 2x8 forward"
+        assert "milliseconds" in row(measured, "good")
+    before = path.read_text()
+    runner.run(options(path, resume=True))  # nothing is left to do
+    assert path.read_text() == before
+    assert runner.run(options(path, shapes=["2x8"], arms=["good"]))["run"]["lost"] == []
+
+
+def test_an_arm_that_does_not_return_is_reported_from_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arms, "ARM_SECONDS", 0.01)
+    reported = threading.Event()
+    with arms.watched("slow", torch.device("cuda"), lambda arm: reported.set() if arm == "slow" else None):
+        assert reported.wait(20)
+    monkeypatch.setattr(arms, "ARM_SECONDS", 1000.0)
+    with arms.watched("quick", torch.device("cuda"), lambda arm: reported.clear()):
+        pass
+    assert reported.is_set()
 
 
 def test_the_command_lists_sections(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,11 +21,68 @@ from specs_fast.models.load import load_model, load_processor
 from specs_fast.rewards.format import parse_response
 
 RECIPE = Path(__file__).with_name("mini-specs.yaml")
+STARTER = """
+import json, os, sys
+import specs_fast.evals.run, specs_fast.lab, specs_fast.methods.specs, specs_fast.report
+from specs_fast import cli
+
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        sys.argv = ["specs-fast", *json.loads(line)]
+        sys.stdout = sys.stderr
+        os._exit(cli.main(sys.argv[1:]))
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+"""Each line of its input is a command in a process of its own; the imports, most of what a short run costs, are made once."""
 CHECKPOINTS = ("zero", "coldstart", "final")
 
 
 def command(run_dir: Path, *overrides: str) -> list[str]:
-    return [sys.executable, "-m", "specs_fast", "run", str(RECIPE), f"output_dir={run_dir}", *overrides]
+    return [sys.executable, "-m", "specs_fast", *arguments(run_dir, *overrides)]
+
+
+def arguments(run_dir: Path, *overrides: str) -> list[str]:
+    return ["run", str(RECIPE), f"output_dir={run_dir}", *overrides]
+
+
+class Starter:
+    """Starts commands one after the other, each to be waited for or killed."""
+
+    def __init__(self, stderr: Path) -> None:
+        self.stderr = stderr
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", STARTER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr.open("w"),
+            text=True,
+        )
+
+    def start(self, command: list[str]) -> int:
+        """Process id."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(command) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def wait(self) -> int:
+        """Exit code of the command that was started last; negative for a signal."""
+        return self._answer()
+
+    def _answer(self) -> int:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, self.stderr.read_text()
+        return int(line)
+
+
+@pytest.fixture(scope="module")
+def starter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Starter]:
+    starter = Starter(tmp_path_factory.mktemp("starter") / "stderr.txt")
+    yield starter
+    starter.process.communicate()
 
 
 def artefacts(run_dir: Path) -> dict[str, str]:
@@ -71,10 +128,10 @@ def test_pairs_are_decoupled_correct_on_both_sides_and_differ_in_form(whole_run:
         assert not parse_response(pair.rejected, pair.prompt.tags).ok
 
 
-def test_the_same_command_again_does_nothing_anew(whole_run: Path) -> None:
+def test_the_same_command_again_does_nothing_anew(whole_run: Path, starter: Starter) -> None:
     before = {path: path.stat().st_mtime_ns for path in whole_run.rglob("*.safetensors")}
-    done = subprocess.run(command(whole_run), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    starter.start(arguments(whole_run))
+    assert starter.wait() == 0, starter.stderr.read_text()
     assert before == {path: path.stat().st_mtime_ns for path in whole_run.rglob("*.safetensors")}
 
 
@@ -83,23 +140,33 @@ def test_a_run_folder_of_another_configuration_is_refused(whole_run: Path) -> No
     assert done.returncode != 0 and "zero.steps" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_killed_in_every_stage_and_started_again_ends_with_the_same_artefacts(whole_run: Path, tmp_path: Path) -> None:
+def test_killed_in_every_stage_and_started_again_ends_with_the_same_artefacts(
+    whole_run: Path, starter: Starter, tmp_path: Path
+) -> None:
     run_dir = tmp_path / "killed"
     for stage in ("zero", "pairs", "coldstart", "final", "eval"):
         watched = run_dir / ("eval" if stage == "eval" else f"{stage}.partial")
-        process = subprocess.Popen(command(run_dir), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        process = starter.start(arguments(run_dir))
         deadline = time.monotonic() + 120
-        while not watched.exists() and process.poll() is None and time.monotonic() < deadline:
+        while not watched.exists() and alive(process) and time.monotonic() < deadline:
             time.sleep(0.002)
-        assert process.poll() is None, f"the run ended before {watched} was seen: {process.communicate()[1]!r}"
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
+        assert alive(process), f"the run ended before {watched} was seen: {starter.stderr.read_text()}"
+        os.kill(process, signal.SIGKILL)
+        assert starter.wait() == -signal.SIGKILL
         assert not (run_dir / stage / "DONE.json").exists()
-    done = subprocess.run(command(run_dir), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    starter.start(arguments(run_dir))
+    assert starter.wait() == 0, starter.stderr.read_text()
     expected, found = artefacts(whole_run), artefacts(run_dir)
     assert [key for key in expected if expected[key] != found[key]] == []
     assert (run_dir / "report.html").exists() and not list(run_dir.glob("*.partial"))
+
+
+def alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def documented_loader() -> Any:
@@ -116,13 +183,13 @@ def test_trl_takes_a_dpo_step_on_the_pair_file(whole_run: Path, tmp_path: Path) 
     trl = pytest.importorskip("trl", reason="the trl extra is not installed")
     model = load_model(whole_run / "lab" / "base")
     before = model.lm_head.weight.detach().clone()
-    arguments = trl.DPOConfig(
+    settings = trl.DPOConfig(
         output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=2, learning_rate=1e-3, report_to=[], use_cpu=True,
         logging_steps=1, save_strategy="no", bf16=False, gradient_checkpointing=False,
     )  # fmt: skip
     trainer = trl.DPOTrainer(
         model=model,
-        args=arguments,
+        args=settings,
         train_dataset=documented_loader()(whole_run / "pairs" / "pairs.jsonl"),
         processing_class=load_processor(whole_run / "lab" / "base"),
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,6 +73,48 @@ def test_a_wrong_definition_fails_in_float64(
     assert verify.main(["verify", "linear_logprob", "--json", "--device", "cpu"]) == 1
     rows = json.loads(capsys.readouterr().out)["results"]
     assert any(not row["passed"] and row["dtype"] == "float64" and row["tensor"] == "lse" for row in rows)
+
+
+def test_a_backend_that_raises_fails_and_the_others_are_still_checked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def raises(*_: object) -> None:
+        raise RuntimeError("no compiler\nand more")
+
+    monkeypatch.setattr(op.LinearLogprob, "apply", raises)
+    out = tmp_path / "verify.json"
+    assert verify.main(["verify", "linear_logprob", "policy_loss", "--device", "cpu", "--out", str(out)]) == 1
+    assert "FAIL raised RuntimeError: no compiler\n" in capsys.readouterr().out
+    document = json.loads(out.read_text())
+    assert document["complete"] and not document["passed"] and list(tmp_path.iterdir()) == [out]
+    failed = {(row["op"], row["backend"]) for row in document["results"] if not row["passed"]}
+    backends = set(dispatch.backends("linear_logprob")) - {"reference"}
+    assert failed == {("linear_logprob", backend) for backend in backends}
+    assert any(row["op"] == "policy_loss" for row in document["results"])
+
+
+def test_results_are_written_case_by_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whoever is stopped keeps what was verified; it does not count as complete."""
+    out = tmp_path / "verify.json"
+    first = list(verify.results_in_turn(["policy_loss"]))[:1]
+
+    def interrupted(*_: object, **__: object) -> Iterator[list[verify.Result]]:
+        yield from first
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verify, "results_in_turn", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        verify.main(["verify", "policy_loss", "--device", "cpu", "--out", str(out)])
+    document = json.loads(out.read_text())
+    assert len(document["results"]) == len(first[0]) and document["passed"] and not document["complete"]
+
+
+def test_a_device_that_is_not_here_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    for device in ("cuda:77", "nowhere"):
+        with pytest.raises(SystemExit) as exit_:
+            verify.main(["verify", "--device", device])
+        assert exit_.value.code == 2
+        assert f"--device {device}: " in capsys.readouterr().err
 
 
 def test_unknown_op_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:

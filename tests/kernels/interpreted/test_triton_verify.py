@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specs_kernels import dispatch, linear_logprob, selective_logprob, verify, verify_cases
+from specs_kernels import dispatch, linear_logprob, selective_logprob, verify, verify_cases, verify_logprob_cases
 
 
 @pytest.fixture
@@ -22,7 +22,9 @@ def last_case_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify_cases, "_CASES", {op: last(cases) for op, cases in verify_cases._CASES.items()})
     every = verify.invariance_cases
     monkeypatch.setattr(verify, "invariance_cases", lambda *arguments: iter(list(every(*arguments))[:1]))
-    monkeypatch.setattr(verify_cases, "_affordable", lambda op, device, rows, vocab: (min(rows, 20), min(vocab, 600)))
+    monkeypatch.setattr(
+        verify_logprob_cases, "affordable", lambda op, device, rows, vocab: (min(rows, 20), min(vocab, 600))
+    )
 
 
 @pytest.mark.usefixtures("last_case_only")
