@@ -40,21 +40,6 @@ SPECS_INLINE Vec<F> only_end(Vec<F> v, int64_t rest) {
   return lane >= first ? v : Vec<F>{};
 }
 
-// v, rounded: what is added to it does not become part of one fused multiply-add, whatever else the compiler sees done with v.
-template <class F>
-SPECS_INLINE Vec<F> rounded(Vec<F> v) {
-#if defined(__AVX512F__)
-  asm("" : "+v"(v));
-#elif defined(__x86_64__)
-  asm("" : "+x"(v));
-#elif defined(__aarch64__)
-  asm("" : "+w"(v));
-#else
-  asm("" : "+m"(v));
-#endif
-  return v;
-}
-
 template <class F>
 F maximum(const F* z, int64_t count) {
   constexpr int L = kLanes<F>;
