@@ -232,6 +232,26 @@ def test_a_second_backward_and_a_second_derivative_raise() -> None:
             {},
             "depends on another tensor that requires",
         ),
+        (
+            lambda logp, entropy, lse, index: (
+                logp.sum() * (1.0 if index[0] == 0 else torch.ones((), requires_grad=True))
+            ),
+            {"workspace_bytes": 176},
+            "depends on another tensor that requires",
+        ),
+        (lambda logp, *_: (logp.sum(), {"x": logp}), {}, r"metric 'x' of loss_fn is a tensor of shape \[20\]"),
+        (lambda logp, *_: (logp.sum(), {"x": "nan"}), {}, "metric 'x' of loss_fn is str; numbers and 0-d tensors"),
+        (lambda logp, *_: (logp.sum(), {}, 0), {}, "a loss or .loss, metrics.; got a tuple of 3"),
+        (lambda logp, *_: logp.sum().long(), {}, r"got a tensor of shape \[\], torch.int64"),
+        (token_loss, {"compact": 1}, "compact must be True or False; got 1"),
+        (token_loss, {"compact": True, "backend": "reference"}, "drop compact=True"),
+        (token_loss, {"return_entropy": "detached"}, "return_entropy must be True or False; got 'detached'"),
+        (token_loss, {"ignore_index": None}, "ignore_index must be an int; got None"),
+        (
+            token_loss,
+            {"group_ids": torch.arange(COUNT) % 2, "backend": "reference"},
+            "must be contiguous per group; group 0 comes back",
+        ),
         (token_loss, {"group_ids": torch.zeros(3, dtype=torch.long)}, r"group_ids must have shape \[23\]"),
         (token_loss, {"group_ids": torch.arange(COUNT) % 2}, "must be contiguous per group; group 0 comes back"),
         (

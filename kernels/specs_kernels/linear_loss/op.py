@@ -10,6 +10,7 @@ from specs_kernels.linear_logprob.autograd import Options, without_autocast
 from specs_kernels.linear_logprob.op import head_inputs
 from specs_kernels.linear_loss.call import LossFunction, Metrics
 from specs_kernels.linear_loss.chunked import linear_loss_chunked
+from specs_kernels.linear_loss.groups import group_sizes
 from specs_kernels.linear_loss.reference import linear_loss_reference
 from specs_kernels.results import TokenLogprobs
 from specs_kernels.tracing import outside_graphs
@@ -72,7 +73,10 @@ def linear_loss(
     """
     if not callable(loss_fn):
         raise ValueError(f"loss_fn must be callable; got {type(loss_fn).__name__}")
+    checks.check_flag("return_entropy", return_entropy)
+    checks.check_flag("compact", compact)
     inputs = head_inputs(hidden, weight, target, bias, temperature, softcap, logit_scale, rows, lora)
+    checks.check_ignore_index(ignore_index, target.dtype)
     if group_ids is not None:
         checks.check_integer("group_ids", group_ids, (target.shape[0],))
         checks.check_same_device(target=target, group_ids=group_ids)
@@ -83,6 +87,10 @@ def linear_loss(
     chosen = choose("linear_loss", backend, hidden.device).backend
     scalar = 1.0 if isinstance(temperature, Tensor) else float(temperature)
     if chosen == "reference":
+        if compact:
+            raise ValueError("backend='reference' differentiates by autograd; drop compact=True")
+        if group_ids is not None:
+            group_sizes(group_ids, None)
         with without_autocast(hidden.device):
             return linear_loss_reference(inputs, loss_fn, scalar, softcap, logit_scale, ignore_index, return_entropy)
     options = Options(
