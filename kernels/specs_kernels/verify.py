@@ -194,6 +194,23 @@ def _table(results: Sequence[Result]) -> str:
     )
 
 
+def _device_missing(name: str) -> str | None:
+    """Why nothing can be computed on this device; None when it can."""
+    try:
+        value = torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        return str(error).splitlines()[0]
+    return "it holds no values" if value.is_meta else None
+
+
+def _plain(result: Result) -> dict[str, object]:
+    """For JSON, which has no NaN and no infinity: they become null."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in asdict(result).items()
+    }
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``specs-kernels``."""
     parser = argparse.ArgumentParser(prog="specs-kernels", description="The kernel library of specs-fast.")
@@ -209,6 +226,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = [name for name in arguments.ops if name not in ops()]
     if unknown:
         parser.error(f"unknown op {unknown[0]!r}; ops: {', '.join(ops())}")
+    missing = _device_missing(arguments.device)
+    if missing is not None:
+        parser.error(f"--device {arguments.device}: {missing}")
     results = verify(arguments.ops, arguments.device, arguments.seed, progress=sys.stderr.isatty())
     failed = [result for result in results if not result.passed]
     device = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else arguments.device
@@ -218,9 +238,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             "device": device,
             "passed": not failed,
             "rule": f"error <= {ALLOWED_RATIO} * torch_error + {FLOOR}; float64: error <= {EXACT} (as torch_error)",
-            "results": [asdict(result) for result in results],
+            "results": [_plain(result) for result in results],
         }
-        print(json.dumps(document, indent=1))
+        print(json.dumps(document, indent=1, allow_nan=False))
     else:
         print(
             f"torch {torch.__version__}, {device}; error = |x - fp64| / |fp64|, worst tensor of outputs and gradients"

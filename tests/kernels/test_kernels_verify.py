@@ -80,3 +80,24 @@ def test_unknown_op_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None
     assert "unknown op 'softmax'; ops: linear_logprob" in capsys.readouterr().err
     with pytest.raises(ValueError, match="unknown op 'softmax'"):
         verify.verify(["softmax"])
+
+
+@pytest.mark.parametrize("device, message", [("meta", "it holds no values"), ("banana", "banana"), ("cuda:99", "")])
+def test_a_device_that_is_not_here_is_a_wrong_command_line(
+    device: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        verify.main(["verify", "linear_logprob", "--device", device])
+    assert f"--device {device}: " in (error := capsys.readouterr().err) and message in error
+
+
+def test_json_has_no_nan_and_no_infinity(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = verify.Result("linear_logprob", "chunked", "x", "float32", "logp", float("nan"), 0.0, float("inf"), False)
+    monkeypatch.setattr(verify, "verify", lambda *_, **__: [wrong])
+    assert verify.main(["verify", "--json", "--device", "cpu"]) == 1
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    (row,) = json.loads(capsys.readouterr().out, parse_constant=refuse)["results"]
+    assert row["error"] is None and row["ratio"] is None and row["passed"] is False

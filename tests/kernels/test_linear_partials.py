@@ -149,3 +149,23 @@ def test_parts_that_do_not_belong_together_are_refused() -> None:
         merge_partials(without, target[:1])
     with pytest.raises(ValueError, match="return_entropy must be True or False; got 'detached'"):
         linear_logprob_partials(hidden, weight, target, return_entropy="detached")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "place, slices, count", [(11, ((0, 5), (5, 11)), 0), (-1, ((0, 11),), 0), (4, ((0, 5), (4, 11)), 2)]
+)
+def test_a_target_that_not_exactly_one_slice_has_is_never_scored(
+    place: int, slices: tuple[tuple[int, int], ...], count: int
+) -> None:
+    hidden, weight, _, target = make()
+    target[2] = place
+    parts = [linear_logprob_partials(hidden, weight[a:b], target, first_column=a) for a, b in slices]
+    with pytest.raises(
+        ValueError, match=rf"target\[2\] is {place}, a column of {count} of the slices; allowed: of one"
+    ):
+        merge_partials(parts, target)
+    torch._dynamo.reset()
+    merged = torch.compile(merge_partials, fullgraph=True, backend="eager")(parts, target)
+    assert merged.logp.isnan().tolist() == [False, False, True, False, False, False, False]
+    grad = torch.autograd.grad(merged.logp.sum(), hidden)[0]
+    assert grad[2].equal(torch.zeros(3, dtype=torch.float64)) and grad.isfinite().all()
