@@ -239,7 +239,7 @@ def _adapter(head: Any) -> tuple[Tensor, Tensor] | None:
 
 
 class _HeadForward:
-    """The forward of one swapped head. An object, as copies and pickles of the model cannot hold a method of another class."""
+    """The forward of one swapped head. An object, since a pickle cannot hold a method that is not of the model's class."""
 
     def __init__(self, head: nn.Module) -> None:
         self.head = head
@@ -260,12 +260,15 @@ class _ModelForward:
         self.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model = self.model
+        if args and isinstance(args[0], PreTrainedModel):  # accelerate's unwrap_model makes a method of any forward
+            model, args = args[0], args[1:]
         if args:  # by name, so that labels passed by position are seen
             given = self.__signature__.bind_partial(*args, **kwargs)
             kwargs = {**given.kwargs, **dict(zip(self.__signature__.parameters, given.args, strict=False))}
         if kwargs.get("labels") is None and kwargs.get("shift_labels") is None:
-            return type(self.model).forward(self.model, **kwargs)
-        return _scored_forward(self.model, self.options, **kwargs)
+            return type(model).forward(model, **kwargs)
+        return _scored_forward(model, self.options, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _ModelForward, (self.model, self.options)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import math
 import pickle
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from tiny_hosts import make_batch, make_model
 
 from specs_fast.integrations.transformers import LogprobOutput, logprob_head
@@ -26,6 +30,23 @@ def test_a_swapped_model_survives_pickle_and_torch_save() -> None:
         with torch.no_grad():
             twin.lm_head.weight.zero_()
     assert model(**batch).logp.equal(expected.logp)
+
+
+def test_a_model_that_accelerate_unwraps_is_still_swapped() -> None:
+    model, batch = make_model(), make_batch()
+    logprob_head(model)
+    try:
+        accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+        prepared = accelerator.prepare(model)
+        assert isinstance(prepared(**batch), LogprobOutput)
+        unwrapped = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+        for twin in (unwrapped, copy.deepcopy(unwrapped)):
+            assert isinstance(twin(**batch), LogprobOutput) and twin(batch["input_ids"]).logits.shape == (3, 12, 64)
+        with torch.no_grad():
+            twin.model.embed_tokens.weight.zero_()
+        assert twin(**batch).loss.item() == pytest.approx(math.log(64)) != unwrapped(**batch).loss.item()
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_keywords_next_to_positional_arguments_arrive_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
