@@ -101,6 +101,16 @@ def test_half_precision_logits_get_fp32_results_and_their_own_gradient_dtype() -
     assert torch.autograd.grad(result.logp.sum(), logits)[0].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("backend", ["auto", "chunked", "reference"])
+def test_the_default_device_does_not_matter(backend: str) -> None:
+    logits, target = make_inputs(4, 9, torch.float32)
+    expected = selective_logprob(logits, target, return_entropy=True, backend=backend)
+    with torch.device("meta"):
+        result = selective_logprob(logits, target, return_entropy=True, backend=backend)
+        (grad,) = torch.autograd.grad(result.logp.sum() + result.lse.sum(), logits)
+    assert result.logp.equal(expected.logp) and grad.device.type == "cpu"
+
+
 def test_input_logits_are_not_modified() -> None:
     logits, target = make_inputs(4, 9, torch.float32)
     before = logits.detach().clone()
