@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from specs_kernels import dispatch, verify, verify_cases
-from specs_kernels.linear_logprob import op
+from specs_kernels.linear_logprob import head, op
 from specs_kernels.results import TokenLogprobs
+
+ALL_CASES = dict(verify_cases._CASES)
 
 
 @pytest.fixture(autouse=True)
@@ -101,3 +103,14 @@ def test_json_has_no_nan_and_no_infinity(monkeypatch: pytest.MonkeyPatch, capsys
 
     (row,) = json.loads(capsys.readouterr().out, parse_constant=refuse)["results"]
     assert row["error"] is None and row["ratio"] is None and row["passed"] is False
+
+
+@pytest.mark.parametrize("name", ["linear_logprob", "linear_loss"])
+def test_every_case_runs_with_the_row_blocks_of_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache or a workspace of fewer rows than a block raises, and a GPU's block has more rows than a CPU's."""
+    monkeypatch.setattr(head, "CPU_TILING", head.Tiling(head.GPU_TILING.row_block, 2048, 8192))
+    made = list(ALL_CASES[name](torch.Generator().manual_seed(0), torch.device("cpu")))
+    for case in made:
+        inputs = {key: tensor.bfloat16() for key, tensor in case.inputs.items()}
+        assert all(values.isfinite().all() for values in case.run(inputs, "chunked").values())
+    assert len(made) >= 2
