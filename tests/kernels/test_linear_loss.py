@@ -269,6 +269,23 @@ def test_errors_say_what_is_wrong(loss_fn: Any, changes: dict[str, Any], message
         ours(loss_fn, leaves, target, **changes)
 
 
+def test_a_loss_function_may_change_its_index() -> None:
+    """``index.sub_(offset)`` is a natural thing to write; the op's own list of targets must not change with it."""
+    leaves, target = make_leaves()
+
+    def loss_fn(logp: Tensor, entropy: Tensor, lse: Tensor, index: Tensor) -> Tensor:
+        loss = token_loss(logp, entropy, lse, index)
+        index.zero_()
+        return loss if isinstance(loss, Tensor) else loss[0]
+
+    expected_loss, expected = by_autograd(token_loss, leaves, target)
+    loss, logprobs, _ = ours(loss_fn, leaves, target, workspace_bytes=workspace(6))
+    torch.testing.assert_close(loss.detach(), expected_loss)
+    assert logprobs.logp[target < 0].eq(0).all() and logprobs.logp[target >= 0].lt(0).all()
+    for grad, want in zip(torch.autograd.grad(loss, list(leaves.values())), expected, strict=True):
+        torch.testing.assert_close(grad, want)
+
+
 def test_values_of_ignored_targets_do_not_matter() -> None:
     leaves, target = make_leaves()
     _, expected = by_autograd(token_loss, leaves, target)

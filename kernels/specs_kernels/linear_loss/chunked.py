@@ -142,7 +142,11 @@ class Run:
         """Adds the chunk's loss and metrics; gradients with respect to its log-prob, entropy and log-sum-exp."""
         kept = self.targets.kept_M
         device = self.inputs.target.device
-        index = torch.arange(chunk.start, chunk.stop, device=device) if kept is None else kept[chunk.start : chunk.stop]
+        index = (
+            torch.arange(chunk.start, chunk.stop, device=device)
+            if kept is None
+            else kept[chunk.start : chunk.stop].clone()
+        )
         need = any(self.wanted)
         with torch.enable_grad():
             logp = statistics.logp.requires_grad_(need)

@@ -46,7 +46,8 @@ def linear_loss(
     ``loss_fn(logp, entropy, lse, index) -> loss`` or ``(loss, metrics)`` sees whole groups, one or several at a time: the
     log-probs, entropies (None without ``return_entropy``) and log-sum-exps of n targets, ``[n]`` with gradients, and their
     places in ``target``, ``index`` int64 ``[n]``, ascending. It slices the caller's own tensors by ``index`` and divides by
-    global counts that the caller brings along; the losses (0-d) and metrics of all calls are summed. A loss per token::
+    global counts that the caller brings along; the losses (0-d) and metrics of all calls are summed. A loss
+    without a gradient, as of a chunk in which all is masked, counts as a constant. A loss per token::
 
         loss, _, _ = linear_loss(h, w, target, lambda logp, entropy, lse, index: -(weights[index] * logp).sum())
 
