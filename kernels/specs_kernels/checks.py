@@ -15,9 +15,22 @@ def shape_of(tensor: Tensor) -> str:
     return "[" + ", ".join(str(n) for n in tensor.shape) + "]"
 
 
-def check_float(name: str, tensor: Tensor, dims: int) -> None:
+def check_tensor(name: str, tensor: Tensor) -> None:
+    """A dense tensor of this process: not sparse, and no DTensor, of which a rank holds a part only."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} must be a tensor; got {type(tensor).__name__}")
+    if type(tensor).__name__ == "DTensor":  # by name: its module takes long to import
+        raise ValueError(
+            f"{name} is a DTensor {shape_of(tensor)}, spread over ranks; call this inside the forward of the module that "
+            f"fully_shard was given, where it is whole, or pass {name}.full_tensor(); a weight that stays split by rows goes to "
+            "linear_logprob_partials as weight.to_local()"
+        )
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense tensor; got {tensor.layout}; pass {name}.to_dense()")
+
+
+def check_float(name: str, tensor: Tensor, dims: int) -> None:
+    check_tensor(name, tensor)
     if tensor.dtype not in FLOATS:
         raise ValueError(f"{name} must be floating point (fp16, bf16, fp32, fp64); got {tensor.dtype}")
     if tensor.dim() != dims:
@@ -25,8 +38,7 @@ def check_float(name: str, tensor: Tensor, dims: int) -> None:
 
 
 def check_integer(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if not isinstance(tensor, Tensor):
-        raise ValueError(f"{name} must be a tensor; got {type(tensor).__name__}")
+    check_tensor(name, tensor)
     if tensor.dtype not in INTEGERS:
         raise ValueError(f"{name} must be int64 or int32; got {tensor.dtype}")
     check_shape(name, tensor, shape)
@@ -66,8 +78,40 @@ def check_finite(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a finite number; got {value!r}")
 
 
+def check_flag(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False; got {value!r}")
+
+
+def check_entropy_choice(value: bool | str) -> None:
+    if not isinstance(value, bool) and value != "detached":
+        raise ValueError(f"return_entropy must be True, False or 'detached'; got {value!r}")
+
+
+def check_ignore_index(value: int, dtype: torch.dtype) -> None:
+    """An int that targets of this dtype can hold; a larger one would be cut to its low bits and ignore another value."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"ignore_index must be an int; got {value!r}")
+    limits = torch.iinfo(dtype)
+    if not limits.min <= value <= limits.max:
+        raise ValueError(f"ignore_index is {value}; {dtype} targets hold {limits.min} to {limits.max}")
+
+
+def check_bias_under_softcap(bias: Tensor | None, softcap: float | None) -> None:
+    """No -inf in a bias that a soft cap makes finite; reads a flag on the host."""
+    if bias is None or softcap is None:
+        return
+    forbidden = bias.detach() == -math.inf
+    if bool(forbidden.any()):
+        raise ValueError(
+            f"bias[{int(forbidden.nonzero()[0])}] is -inf, which softcap={softcap} turns into a score of {-softcap}: it forbids "
+            "nothing. Leave such columns out of weight, or drop the softcap"
+        )
+
+
 def check_temperature_tensor(temperature: Tensor, num_targets: int) -> None:
     """Dtype and shape of a temperature per target."""
+    check_tensor("temperature", temperature)
     if temperature.dtype not in FLOATS:
         raise ValueError(f"temperature must be a float or a floating point tensor [N]; got {temperature.dtype}")
     check_shape("temperature", temperature, (num_targets,))

@@ -104,7 +104,8 @@ def choose(op: str, backend: str = "auto", device: torch.device | str = "cpu") -
         return Choice(op, name, f"auto: {_BACKENDS[op][name]}{_passed_over(op, name, device)}")
     if backend not in available:
         allowed = ", ".join(repr(name) for name in ("auto", *available))
-        reason = f" ({unavailable(backend, device)})" if backend in _BACKENDS[op] else ""
+        known = isinstance(backend, str) and backend in _BACKENDS[op]
+        reason = f" ({unavailable(backend, device)})" if known else ""
         raise ValueError(f"{op} has no backend {backend!r} here{reason}; allowed: {allowed}")
     return Choice(op, backend, f"asked for by name: {_BACKENDS[op][backend]}")
 

@@ -255,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.out is not None:
         _write(arguments.out, document)
     if arguments.json:
-        print(json.dumps(document, indent=1))
+        print(json.dumps(document, indent=1, allow_nan=False))
     else:
         print(
             f"torch {torch.__version__}, {device}; error = |x - fp64| / |fp64|, worst tensor of outputs and gradients"
@@ -270,6 +270,8 @@ def _device_name(parser: argparse.ArgumentParser, name: str) -> str:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
+        if device.type == "meta":
+            raise RuntimeError("it holds no values")
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device {name}: {str(error).splitlines()[0]}")
     return torch.cuda.get_device_name(device) if device.type == "cuda" else name
@@ -282,7 +284,15 @@ def _document(results: Sequence[Result], device: str, *, complete: bool) -> dict
         "complete": complete,
         "passed": all(result.passed for result in results),
         "rule": f"error <= {ALLOWED_RATIO} * torch_error + {FLOOR}; float64: error <= {EXACT} (as torch_error)",
-        "results": [asdict(result) for result in results],
+        "results": [_plain(result) for result in results],
+    }
+
+
+def _plain(result: Result) -> dict[str, object]:
+    """For JSON, which has no NaN and no infinity: they become null."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in asdict(result).items()
     }
 
 

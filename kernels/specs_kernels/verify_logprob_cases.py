@@ -12,6 +12,7 @@ from torch import Tensor
 
 from specs_kernels.dispatch import backends
 from specs_kernels.linear_logprob import linear_logprob
+from specs_kernels.linear_logprob.head import row_block
 from specs_kernels.linear_loss import linear_loss
 from specs_kernels.results import TokenLogprobs
 from specs_kernels.selective_logprob import selective_logprob
@@ -22,12 +23,16 @@ def _named(result: TokenLogprobs) -> Tensors:
     return {name: value for name, value in result._asdict().items() if value is not None}
 
 
+def _alive(values: dict[str, Any], alive: Tensor) -> Tensors:
+    return {name: value * alive for name, value in values.items()}
+
+
 def _from_logits(z_NV: Tensor, target: Tensor, keep: Tensor) -> Tensors:
     z_NV = z_NV.double() if z_NV.dtype == torch.float64 else z_NV.float()
     log_p = F.log_softmax(z_NV, dim=-1)
     results = {
         "logp": log_p.gather(1, target.clamp(min=0)[:, None]).squeeze(1),
-        "entropy": -(log_p.exp() * log_p).sum(-1),
+        "entropy": -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1),
         "lse": torch.logsumexp(z_NV, dim=-1),
     }
     return {name: torch.where(keep, values, 0.0) for name, values in results.items()}
@@ -49,7 +54,8 @@ def affordable(op: str, device: torch.device, rows: int, vocab: int) -> tuple[in
 @dataclass(frozen=True)
 class _Head:
     """One case of a head. mode: arguments that choose it; the reference has no modes. frozen: the weight gets no gradient.
-    cached_rows: targets whose scores a cache may hold."""
+    cached_rows: targets whose scores a cache may hold. dead: every third target passes no gradient, and the backward drops
+    it. forbidden: columns that are no target have a bias of -inf."""
 
     name: str
     rows: int
@@ -63,13 +69,25 @@ class _Head:
     sharpness: float = 1.0
     mode: dict[str, Any] = field(default_factory=dict)
     cached_rows: int = 0
+    dead: bool = False
+    forbidden: bool = False
+    logit_scale: float = 1.0
+
+    def on(self, device: torch.device) -> _Head:
+        """In a size that this device can pay; a cache for part of the targets holds a block of rows, and not all of them."""
+        rows, vocab = affordable("linear_logprob", device, self.rows, self.vocab)
+        block = row_block(device)
+        if self.cached_rows and rows == self.rows:
+            return replace(self, rows=max(rows, 2 * block + 44), cached_rows=max(self.cached_rows, block + 2))
+        return replace(self, rows=rows, vocab=vocab)
 
     def modes(self, backend: str, dtype: torch.dtype) -> dict[str, Any]:
         """The arguments that choose the mode."""
         if backend == "reference":
             return {}
         if self.cached_rows:
-            return {"mode": "cache", "logit_cache_bytes": self.cached_rows * self.vocab * dtype.itemsize}
+            held = self.cached_rows * self.vocab * dtype.itemsize
+            return {"mode": "cache", "logit_cache_bytes": held, "compact": self.dead}
         return self.mode
 
     def inputs(self, generator: torch.Generator) -> Tensors:
@@ -87,6 +105,8 @@ class _Head:
     def logits(self, x: Tensors, source: Tensor | None) -> Tensor:
         """What a user would write, in the dtype of the inputs."""
         hidden = x["hidden"] if source is None else x["hidden"][source]
+        if self.logit_scale != 1.0:
+            hidden = hidden * self.logit_scale
         z_NV = F.linear(hidden, x["weight"], x.get("bias"))
         if self.lora:
             z_NV = z_NV + F.linear(F.linear(hidden, x["lora_A"]), x["lora_B"])
@@ -100,17 +120,24 @@ _HEADS = (
     _Head("softcap, bias, rows", 200, 48, 501, softcap=3.0, bias=True, temperature=1.3),
     _Head("lora, temperatures", 200, 48, 501, lora=True, temperature=None, mode={"mode": "recompute", "compact": True}),
     _Head("partly cached", 400, 48, 2500, cached_rows=130),
+    _Head(
+        "forbidden, dead, cached", 400, 48, 2500, bias=True, cached_rows=130, dead=True, forbidden=True, logit_scale=0.5
+    ),
     _Head("frozen", 300, 48, 2500, softcap=8.0, frozen=True, mode={"mode": "frozen"}),
     _Head("frozen, confident", 200, 64, 1000, sharpness=6.0, frozen=True, mode={"mode": "frozen"}),
 )
 
 
 def linear_logprob_cases(generator: torch.Generator, device: torch.device) -> Iterator[Case]:
-    for head in _HEADS:
-        rows, vocab = affordable("linear_logprob", device, head.rows, head.vocab)
-        head = replace(head, rows=rows, vocab=vocab)
+    for head in (head.on(device) for head in _HEADS):
         inputs = head.inputs(generator)
         target = _targets(generator, head.rows, head.vocab, device)
+        alive = (
+            torch.arange(head.rows, device=device) % 3 != 1 if head.dead else torch.ones_like(target, dtype=torch.bool)
+        )
+        if head.forbidden:
+            places = torch.zeros(head.vocab, dtype=torch.bool).index_fill(0, target[target >= 0].cpu(), True)
+            inputs["bias"].masked_fill_(~places, -torch.inf)
         shared = torch.randint(0, head.rows, (head.rows,), generator=generator).to(device) if head.bias else None
         temperature = torch.linspace(0.5, 2.0, head.rows).to(device) if head.temperature is None else head.temperature
         fixed = {"weight": inputs.pop("weight").to(device)} if head.frozen else {}
@@ -123,9 +150,10 @@ def linear_logprob_cases(generator: torch.Generator, device: torch.device) -> It
             source: Tensor | None = shared,
             temperature: float | Tensor = temperature,
             fixed: Tensors = fixed,
+            alive: Tensor = alive,
         ) -> Tensors:
             x = x | {name: tensor.to(x["hidden"].dtype) for name, tensor in fixed.items()}
-            return _named(
+            return _alive(
                 linear_logprob(
                     x["hidden"],
                     x["weight"],
@@ -134,11 +162,13 @@ def linear_logprob_cases(generator: torch.Generator, device: torch.device) -> It
                     lora=(x["lora_A"], x["lora_B"]) if head.lora else None,
                     temperature=temperature,
                     softcap=head.softcap,
+                    logit_scale=head.logit_scale,
                     return_entropy=True,
                     rows=source,
                     backend=backend,
                     **head.modes(backend, x["hidden"].dtype),
-                )
+                )._asdict(),
+                alive,
             )
 
         def plain(
@@ -148,10 +178,11 @@ def linear_logprob_cases(generator: torch.Generator, device: torch.device) -> It
             source: Tensor | None = shared,
             temperature: float | Tensor = temperature,
             fixed: Tensors = fixed,
+            alive: Tensor = alive,
         ) -> Tensors:
             x = x | {name: tensor.to(x["hidden"].dtype) for name, tensor in fixed.items()}
             divisor = temperature[:, None].to(x["hidden"].dtype) if isinstance(temperature, Tensor) else temperature
-            return _from_logits(head.logits(x, source) / divisor, target, target >= 0)
+            return _alive(_from_logits(head.logits(x, source) / divisor, target, target >= 0), alive)
 
         yield Case("linear_logprob", head.name, inputs, run, plain)
 
@@ -162,6 +193,9 @@ def linear_loss_cases(generator: torch.Generator, device: torch.device) -> Itera
         (_Head("many chunks, softcap, lora", 700, 48, 2500, softcap=5.0, lora=True), 128),
     ):
         rows, vocab = affordable("linear_loss", device, head.rows, head.vocab)
+        if rows == head.rows:  # several chunks, each of whole blocks
+            workspace_rows = max(workspace_rows, row_block(device))
+            rows = max(rows, 2 * row_block(device) + 44)
         head = replace(head, rows=rows, vocab=vocab)
         inputs = head.inputs(generator)
         target = _targets(generator, head.rows, head.vocab, device)
@@ -187,7 +221,7 @@ def linear_loss_cases(generator: torch.Generator, device: torch.device) -> Itera
                 lora=(x["lora_A"], x["lora_B"]) if head.lora else None,
                 softcap=head.softcap,
                 return_entropy=True,
-                workspace_bytes=workspace_rows * head.vocab * 8,
+                workspace_bytes=workspace_rows * head.vocab * x["hidden"].dtype.itemsize,
                 backend=backend,
             )
             return {"loss": loss}

@@ -29,14 +29,15 @@ def mean_and_top1(
     argmax whatever the others are, so only the other rows are multiplied with the head (all of them under a soft cap, whose mean
     needs every z): 2 R V D FLOP in slices of 32 MiB. Of equal scores the first is the argmax.
 
-    mean: fp32; top1: bool. Products in the inputs' dtype, sums in fp32. No gradient. Reads the number R on the host.
+    mean: fp32; top1: bool, False for a token whose scores are NaN. Products in the inputs' dtype, sums in fp32. No gradient.
+    Reads the number R on the host.
     """
     everywhere = softcap is not None
-    rows_R = (torch.ones_like(logp_N, dtype=torch.bool) if everywhere else logp_N <= _LOG_HALF).nonzero().squeeze(1)
+    rows_R = (torch.ones_like(logp_N, dtype=torch.bool) if everywhere else ~(logp_N > _LOG_HALF)).nonzero().squeeze(1)
     hidden_RD, num_rows = hidden_ND.index_select(0, rows_R), len(rows_R)
     total_N = torch.zeros(len(target_N), dtype=torch.float32, device=hidden_ND.device)
     best_R = torch.full((num_rows,), -torch.inf, device=hidden_ND.device)
-    argmax_R = torch.zeros_like(rows_R)
+    argmax_R = torch.full_like(rows_R, -1)
     size = max(1, _SLICE_ELEMENTS // max(1, num_rows))
     for start in range(0, weight_VD.shape[0], size):
         weight_CD = weight_VD[start : start + size]

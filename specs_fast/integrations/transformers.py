@@ -9,10 +9,8 @@ Letters: B rows, L tokens of a row, K scored positions of a row, D hidden size, 
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
-import types
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,15 +114,18 @@ def logprob_head(
     _check_settings(base, temperature)
     heads = _linear_heads(base)
     rows = min(head.weight.shape[0] for head in heads)
-    if vocab_size is not None and not 0 < vocab_size <= rows:
+    if not isinstance(return_entropy, bool):
+        raise ValueError(f"return_entropy must be True or False; got {return_entropy!r}")
+    whole = isinstance(vocab_size, int) and not isinstance(vocab_size, bool)
+    if vocab_size is not None and not (whole and 0 < vocab_size <= rows):
         raise ValueError(f"vocab_size is {vocab_size!r}; the head has {rows} rows: allowed 1 to {rows}, or None")
     softcap, scale = logit_transform(base)
     options = _Options(float(temperature), return_entropy, vocab_size, backend, softcap, scale)
     expected = _own_logprobs(base, heads[0], options) if check else None
     swapped = LogprobHead([base, *heads])
-    base.__dict__["forward"] = types.MethodType(_model_forward(type(base), options), base)
+    base.__dict__["forward"] = _ModelForward(base, options)
     for head in heads:
-        head.__dict__["forward"] = types.MethodType(_head_forward, head)
+        head.__dict__["forward"] = _HeadForward(head)
     if expected is not None:
         try:
             _compare(base, expected)
@@ -149,6 +150,8 @@ def _check_settings(base: Any, temperature: float) -> None:
         raise ValueError(
             f"{name} has no decoder of its own under base_model_prefix; its hidden states cannot be reached"
         )
+    if getattr(base.config, "return_dict", True) is False:
+        raise ValueError(f"{name}.config.return_dict is False; a swapped head returns a LogprobOutput: set it to True")
     if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be a finite number above 0; got {temperature!r}")
 
@@ -235,21 +238,40 @@ def _adapter(head: Any) -> tuple[Tensor, Tensor] | None:
     return lora_A, torch.cat([head.lora_B[name].weight * head.scaling[name] for name in names], dim=1)
 
 
-def _model_forward(model_class: type[PreTrainedModel], options: _Options) -> Any:
-    own_forward = model_class.forward
-    signature = inspect.signature(own_forward)
+class _HeadForward:
+    """The forward of one swapped head. An object, since a pickle cannot hold a method that is not of the model's class."""
 
-    @functools.wraps(own_forward)  # `generate` and the Trainer read the signature
-    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    def __init__(self, head: nn.Module) -> None:
+        self.head = head
+
+    def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
+        return _head_forward(self.head, hidden, *args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _HeadForward, (self.head,)
+
+
+class _ModelForward:
+    """The forward of one swapped model, with its class's signature, which `generate` and the Trainer read."""
+
+    def __init__(self, model: PreTrainedModel, options: _Options) -> None:
+        self.model, self.options = model, options
+        signature = inspect.signature(type(model).forward)
+        self.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model = self.model
+        if args and isinstance(args[0], PreTrainedModel):  # accelerate's unwrap_model makes a method of any forward
+            model, args = args[0], args[1:]
         if args:  # by name, so that labels passed by position are seen
-            bound = signature.bind_partial(self, *args, **kwargs).arguments
-            bound.pop("self")
-            kwargs = {**bound, **bound.pop("kwargs", {})}
+            given = self.__signature__.bind_partial(*args, **kwargs)
+            kwargs = {**given.kwargs, **dict(zip(self.__signature__.parameters, given.args, strict=False))}
         if kwargs.get("labels") is None and kwargs.get("shift_labels") is None:
-            return own_forward(self, **kwargs)
-        return _scored_forward(self, options, **kwargs)
+            return type(model).forward(model, **kwargs)
+        return _scored_forward(model, self.options, **kwargs)
 
-    return forward
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _ModelForward, (self.model, self.options)
 
 
 def _scored_forward(
@@ -265,7 +287,7 @@ def _scored_forward(
     output_router_logits: bool | None = None,
     **kwargs: Any,
 ) -> LogprobOutput:
-    if return_dict is False:
+    if return_dict is False or (return_dict is None and getattr(model.config, "return_dict", True) is False):
         raise ValueError("return_dict is False; a swapped head returns a LogprobOutput, which names its tensors")
     if output_router_logits or (
         output_router_logits is None and getattr(model.config.get_text_config(), "output_router_logits", False)
@@ -276,11 +298,17 @@ def _scored_forward(
         )
     if logits_to_keep is not None and num_logits_to_keep is not None:
         raise ValueError("logits_to_keep and num_logits_to_keep are one setting under two names; pass the first")
+    for name, given in (("labels", labels), ("shift_labels", shift_labels)):
+        if given is not None and (not isinstance(given, Tensor) or given.dim() != 2):
+            found = f"shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+            raise ValueError(f"{name} must be an integer tensor [B, L]; got {found}")
     if shift_labels is None:
         assert labels is not None
         shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
     if output_router_logits is not None:
         kwargs["output_router_logits"] = output_router_logits
+    if return_dict is not None:
+        kwargs["return_dict"] = return_dict
     if kwargs.get("use_cache") is None:
         kwargs["use_cache"] = False
     outputs = model.base_model(**kwargs)

@@ -32,7 +32,7 @@ def use_linear_logprob() -> ExitStack:
     for ``DPOConfig(use_weighting=True)`` and RuntimeError under DeepSpeed ZeRO-3. The metrics ``logits/*`` and
     ``mean_token_accuracy`` cost one more product with the head for the tokens of probability 1/2 and less.
     """
-    theirs = utils._ChunkedLogProbFunction
+    theirs = getattr(utils, "_ChunkedLogProbFunction", object)
     if theirs is _LinearLogprob:
         raise RuntimeError("TRL already takes its log-probs from linear_logprob; close() what the first call returned")
     arguments = list(inspect.signature(getattr(theirs, "forward", theirs)).parameters)[1:]

@@ -42,3 +42,11 @@ def test_no_tokens_give_empty_results() -> None:
         torch.ones(0, 3), torch.ones(5, 3), None, torch.zeros(0, dtype=torch.long), torch.zeros(0)
     )
     assert mean.shape == top1.shape == (0,)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_a_token_without_scores_is_not_right(softcap: float | None) -> None:
+    hidden = torch.tensor([[1.0, 0.0], [torch.nan, 0.0], [torch.nan, 0.0]])
+    weight, target = torch.eye(2), torch.tensor([0, 0, 1])
+    logp = (hidden @ weight.T).log_softmax(1).gather(1, target[:, None]).squeeze(1)
+    assert mean_and_top1(hidden, weight, None, target, logp, softcap=softcap)[1].tolist() == [True, False, False]

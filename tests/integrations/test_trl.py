@@ -150,6 +150,13 @@ def test_an_unknown_version_is_refused(version: str, monkeypatch: pytest.MonkeyP
         use_linear_logprob()
 
 
+def test_a_version_without_the_function_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(utils, "_ChunkedLogProbFunction")
+    monkeypatch.setattr(trl, "__version__", "0.19.0")
+    with pytest.raises(RuntimeError, match=r"trl 0.19.0 is not known .* install trl 1.16.x"):
+        use_linear_logprob()
+
+
 def test_a_changed_function_of_a_known_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     class Changed:
         @staticmethod

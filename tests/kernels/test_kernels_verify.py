@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from specs_kernels import dispatch, verify, verify_cases
-from specs_kernels.linear_logprob import op
+from specs_kernels.linear_logprob import head, op
 from specs_kernels.results import TokenLogprobs
+
+ALL_CASES = dict(verify_cases._CASES)
 
 
 @pytest.fixture(autouse=True)
@@ -124,3 +126,35 @@ def test_unknown_op_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None
     assert "unknown op 'softmax'; ops: linear_logprob" in capsys.readouterr().err
     with pytest.raises(ValueError, match="unknown op 'softmax'"):
         verify.verify(["softmax"])
+
+
+@pytest.mark.parametrize("device, message", [("meta", "it holds no values"), ("banana", "banana"), ("cuda:99", "")])
+def test_a_device_that_is_not_here_is_a_wrong_command_line(
+    device: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        verify.main(["verify", "linear_logprob", "--device", device])
+    assert f"--device {device}: " in (error := capsys.readouterr().err) and message in error
+
+
+def test_json_has_no_nan_and_no_infinity(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = verify.Result("linear_logprob", "chunked", "x", "float32", "logp", float("nan"), 0.0, float("inf"), False)
+    monkeypatch.setattr(verify, "results_in_turn", lambda *_, **__: [[wrong]])
+    assert verify.main(["verify", "--json", "--device", "cpu"]) == 1
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    (row,) = json.loads(capsys.readouterr().out, parse_constant=refuse)["results"]
+    assert row["error"] is None and row["ratio"] is None and row["passed"] is False
+
+
+@pytest.mark.parametrize("name", ["linear_logprob", "linear_loss"])
+def test_every_case_runs_with_the_row_blocks_of_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache or a workspace of fewer rows than a block raises, and a GPU's block has more rows than a CPU's."""
+    monkeypatch.setattr(head, "CPU_TILING", head.Tiling(head.GPU_TILING.row_block, 2048, 8192))
+    made = list(ALL_CASES[name](torch.Generator().manual_seed(0), torch.device("cpu")))
+    for case in made:
+        inputs = {key: tensor.bfloat16() for key, tensor in case.inputs.items()}
+        assert all(values.isfinite().all() for values in case.run(inputs, "chunked").values())
+    assert len(made) >= 2

@@ -195,3 +195,33 @@ def test_any_shape_and_mode_equals_the_reference(
     grads = [torch.autograd.grad((upstream * result.logp).sum(), (hidden, weight)) for result in (ours, exact)]
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("backend", ["auto", "chunked", "reference"])
+def test_a_bias_may_have_any_stride(backend: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(5, 3, generator=generator), torch.randn(7, 3, generator=generator)
+    target = torch.tensor([0, 6, 2, 3, 1])
+    wide = torch.randn(7, 2, generator=generator)
+    for bias in (wide[:, 1], wide[:1, 0].expand(7)):
+        strided = linear_logprob(hidden, weight, target, bias=bias, return_entropy=True, backend=backend)
+        dense = linear_logprob(hidden, weight, target, bias=bias.clone(), return_entropy=True, backend=backend)
+        for a, b in zip(strided, dense, strict=True):
+            assert a.equal(b)
+
+
+@pytest.mark.parametrize("backend", ["auto", "chunked", "reference"])
+@pytest.mark.parametrize("validate", [True, False])
+def test_targets_without_any_hidden_row(backend: str, validate: bool) -> None:
+    """A packed row of prompts alone: nothing to predict from, every target ignored."""
+    hidden = torch.zeros(0, 3, requires_grad=True)
+    weight = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    target, rows = torch.tensor([-100, -100]), torch.tensor([-1, -1])
+    out = linear_logprob(hidden, weight, target, rows=rows, return_entropy=True, validate=validate, backend=backend)
+    for values in out:
+        assert values is not None and values.equal(torch.zeros(2))
+    dhidden, dweight = torch.autograd.grad(out.logp.sum() + out.lse.sum(), (hidden, weight))
+    assert dhidden.shape == (0, 3) and dweight.equal(torch.zeros(5, 3))
+    if not validate:
+        bad = linear_logprob(hidden, weight, torch.tensor([1]), rows=torch.tensor([0]), validate=False, backend=backend)
+        assert bad.logp.isnan().all()

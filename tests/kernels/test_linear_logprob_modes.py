@@ -184,6 +184,7 @@ def test_the_mode_follows_gradients_budgets_and_arguments() -> None:
         ({"mode": "recompute", "logit_cache_bytes": 8}, "mode='recompute' keeps no scores; drop logit_cache_bytes=8"),
         ({"logit_cache_bytes": -1}, "logit_cache_bytes must be an int of at least 0; got -1"),
         ({"logit_cache_bytes": 1.5}, "logit_cache_bytes must be an int of at least 0; got 1.5"),
+        ({"compact": 1}, "compact must be True or False; got 1"),
         ({"backend": "reference", "compact": True}, "backend='reference' has one mode"),
         ({"lora": (torch.zeros(2, 3), torch.zeros(4, 2))}, r"lora\[1\] must have shape \[5, 2\]"),
         ({"lora": (torch.zeros(2, 4), torch.zeros(5, 2))}, r"lora\[0\] must have shape \[2, 3\]"),
@@ -245,3 +246,24 @@ def test_a_half_precision_cache_stays_close(dtype: torch.dtype) -> None:
 def test_kept_scores_follow_the_constant(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(modes, "KEPT_BYTES", 0)
     assert choose_mode(10, 10, hidden_grad=True, weight_grad=True).name == "recompute"
+
+
+@pytest.mark.parametrize("live", [1, 3, 4, 5, 6, 7])
+@pytest.mark.parametrize("backend", ["chunked", "auto"])
+def test_compaction_that_leaves_part_of_a_block_in_the_cache(
+    live: int, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows after the cached ones are formed again in blocks; they must start one, wherever the live rows fall."""
+    monkeypatch.setattr(head, "CPU_TILING", head.Tiling(4, 512, 2048))
+    leaves, arguments = call_inputs({"temperature": True}, frozen=False)
+    arguments["target"] = torch.arange(9)
+    mode = MODES["compact, half cached"] | {"backend": backend}  # 4 of 9 targets cached, in blocks of 4
+    upstream = torch.zeros(9, dtype=torch.float64)
+    upstream[9 - live :] = torch.linspace(1, 2, live).double()
+    upstream[0] = 3.0
+    grads = [
+        torch.autograd.grad((run(leaves, arguments, **extra).logp * upstream).sum(), list(leaves.values()))
+        for extra in (mode, {"backend": "reference"})
+    ]
+    for ours, exact in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, exact, atol=1e-12, rtol=1e-12)

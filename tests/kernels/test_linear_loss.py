@@ -232,6 +232,26 @@ def test_a_second_backward_and_a_second_derivative_raise() -> None:
             {},
             "depends on another tensor that requires",
         ),
+        (
+            lambda logp, entropy, lse, index: (
+                logp.sum() * (1.0 if index[0] == 0 else torch.ones((), requires_grad=True))
+            ),
+            {"workspace_bytes": 176},
+            "depends on another tensor that requires",
+        ),
+        (lambda logp, *_: (logp.sum(), {"x": logp}), {}, r"metric 'x' of loss_fn is a tensor of shape \[20\]"),
+        (lambda logp, *_: (logp.sum(), {"x": "nan"}), {}, "metric 'x' of loss_fn is str; numbers and 0-d tensors"),
+        (lambda logp, *_: (logp.sum(), {}, 0), {}, "a loss or .loss, metrics.; got a tuple of 3"),
+        (lambda logp, *_: logp.sum().long(), {}, r"got a tensor of shape \[\], torch.int64"),
+        (token_loss, {"compact": 1}, "compact must be True or False; got 1"),
+        (token_loss, {"compact": True, "backend": "reference"}, "drop compact=True"),
+        (token_loss, {"return_entropy": "detached"}, "return_entropy must be True or False; got 'detached'"),
+        (token_loss, {"ignore_index": None}, "ignore_index must be an int; got None"),
+        (
+            token_loss,
+            {"group_ids": torch.arange(COUNT) % 2, "backend": "reference"},
+            "must be contiguous per group; group 0 comes back",
+        ),
         (token_loss, {"group_ids": torch.zeros(3, dtype=torch.long)}, r"group_ids must have shape \[23\]"),
         (token_loss, {"group_ids": torch.arange(COUNT) % 2}, "must be contiguous per group; group 0 comes back"),
         (
@@ -247,6 +267,23 @@ def test_errors_say_what_is_wrong(loss_fn: Any, changes: dict[str, Any], message
     leaves, target = make_leaves()
     with pytest.raises(ValueError, match=message):
         ours(loss_fn, leaves, target, **changes)
+
+
+def test_a_loss_function_may_change_its_index() -> None:
+    """``index.sub_(offset)`` is a natural thing to write; the op's own list of targets must not change with it."""
+    leaves, target = make_leaves()
+
+    def loss_fn(logp: Tensor, entropy: Tensor, lse: Tensor, index: Tensor) -> Tensor:
+        loss = token_loss(logp, entropy, lse, index)
+        index.zero_()
+        return loss if isinstance(loss, Tensor) else loss[0]
+
+    expected_loss, expected = by_autograd(token_loss, leaves, target)
+    loss, logprobs, _ = ours(loss_fn, leaves, target, workspace_bytes=workspace(6))
+    torch.testing.assert_close(loss.detach(), expected_loss)
+    assert logprobs.logp[target < 0].eq(0).all() and logprobs.logp[target >= 0].lt(0).all()
+    for grad, want in zip(torch.autograd.grad(loss, list(leaves.values())), expected, strict=True):
+        torch.testing.assert_close(grad, want)
 
 
 def test_values_of_ignored_targets_do_not_matter() -> None:

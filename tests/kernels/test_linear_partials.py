@@ -106,3 +106,66 @@ def _rank(rank: int, folder: str) -> None:
 
 def test_two_ranks_with_half_the_vocabulary_each(tmp_path: Path) -> None:
     torch.multiprocessing.start_processes(_rank, args=(str(tmp_path),), nprocs=2, start_method="fork")
+
+
+@pytest.mark.parametrize("backend", ["chunked", "reference", "auto"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_a_slice_that_is_all_padding_adds_nothing(backend: str, dtype: torch.dtype) -> None:
+    """The last rank of a padded vocabulary may hold nothing but columns that a bias of -inf forbids."""
+    hidden, weight, bias, _ = (tensor.detach() for tensor in make())
+    hidden, weight = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+    bias = bias.to(dtype)
+    bias[4:] = -torch.inf
+    target = torch.tensor([0, 3, 2, 1, 0, -100, 3])
+    whole = linear_logprob(hidden, weight, target, bias=bias, temperature=0.5, return_entropy=True)
+    options = {"temperature": 0.5, "return_entropy": True, "backend": backend}
+    parts = [
+        linear_logprob_partials(hidden, weight[a:b], target, first_column=a, bias=bias[a:b], **options)
+        for a, b in ((0, 4), (4, 11))
+    ]
+    merged = merge_partials(parts, target)
+    tolerance = {"atol": 1e-12, "rtol": 1e-12} if dtype == torch.float64 else {"atol": 1e-5, "rtol": 1e-5}
+    for ours, exact in zip(merged, whole, strict=True):
+        torch.testing.assert_close(ours, exact, **tolerance)
+    grads = [torch.autograd.grad(total(result), (hidden, weight)) for result in (merged, whole)]
+    for ours, exact in zip(*grads, strict=True):
+        torch.testing.assert_close(
+            ours, exact, **(tolerance if dtype != torch.float16 else {"atol": 4e-3, "rtol": 4e-3})
+        )
+
+
+def test_parts_that_do_not_belong_together_are_refused() -> None:
+    hidden, weight, _, target = make()
+    with_entropy = linear_logprob_partials(hidden, weight, target, return_entropy=True)
+    without = linear_logprob_partials(hidden, weight, target)
+    fewer = linear_logprob_partials(hidden[:3], weight, target[:3])
+    with pytest.raises(ValueError, match="some parts have weighted sums and some do not"):
+        merge_partials([with_entropy, without], target)
+    with pytest.raises(ValueError, match=r"same targets; parts\[0\] has 7, parts\[1\] has 3"):
+        merge_partials([without, fewer], target)
+    with pytest.raises(ValueError, match=r"parts\[0\] must be a Partials; got int"):
+        merge_partials([1], target)  # type: ignore[list-item]
+    with pytest.raises(ValueError, match=r"target must have shape \[7\]; got \[1\]"):
+        merge_partials(without, target[:1])
+    with pytest.raises(ValueError, match="return_entropy must be True or False; got 'detached'"):
+        linear_logprob_partials(hidden, weight, target, return_entropy="detached")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "place, slices, count", [(11, ((0, 5), (5, 11)), 0), (-1, ((0, 11),), 0), (4, ((0, 5), (4, 11)), 2)]
+)
+def test_a_target_that_not_exactly_one_slice_has_is_never_scored(
+    place: int, slices: tuple[tuple[int, int], ...], count: int
+) -> None:
+    hidden, weight, _, target = make()
+    target[2] = place
+    parts = [linear_logprob_partials(hidden, weight[a:b], target, first_column=a) for a, b in slices]
+    with pytest.raises(
+        ValueError, match=rf"target\[2\] is {place}, a column of {count} of the slices; allowed: of one"
+    ):
+        merge_partials(parts, target)
+    torch._dynamo.reset()
+    merged = torch.compile(merge_partials, fullgraph=True, backend="eager")(parts, target)
+    assert merged.logp.isnan().tolist() == [False, False, True, False, False, False, False]
+    grad = torch.autograd.grad(merged.logp.sum(), hidden)[0]
+    assert grad[2].equal(torch.zeros(3, dtype=torch.float64)) and grad.isfinite().all()

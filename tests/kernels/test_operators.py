@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -160,3 +161,40 @@ def test_selective_logprob_under_compile() -> None:
         torch.compile(
             lambda z: selective_logprob(z * 1, target, in_place=True).logp, fullgraph=True, backend="aot_eager"
         )(logits)
+
+
+def test_meta_tensors_get_shapes_without_values() -> None:
+    hidden, weight = torch.empty(9, DIM, device="meta"), torch.empty(VOCAB, DIM, device="meta")
+    target = torch.zeros(9, dtype=torch.long, device="meta")
+    for result in (linear_logprob(hidden, weight, target), selective_logprob(hidden, target)):
+        assert result.logp.shape == result.lse.shape == (9,) and result.logp.is_meta
+
+
+def test_a_tensor_subclass_keeps_its_gradient_and_cannot_be_compacted() -> None:
+    class Tagged(Tensor):
+        pass
+
+    hidden, weight, target = make(9)
+    tagged = hidden.detach().as_subclass(Tagged).requires_grad_()
+    expected = torch.autograd.grad(linear_logprob(hidden, weight, target).logp.sum(), hidden)[0]
+    assert torch.autograd.grad(linear_logprob(tagged, weight, target).logp.sum(), tagged)[0].equal(expected)
+    with pytest.raises(RuntimeError, match="compact=True waits for the device; tensor subclasses go without it"):
+        linear_logprob(tagged, weight, target, compact=True)
+
+
+def test_a_sharded_weight_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
+
+    hidden, weight, target = make(9)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        sharded = distribute_tensor(weight.detach(), DeviceMesh("cpu", [0]), [Shard(0)])
+        message = r"weight is a DTensor \[\d+, \d+\], spread over ranks; .* fully_shard .* weight.full_tensor\(\)"
+        with pytest.raises(ValueError, match=message):
+            linear_logprob(hidden, sharded, target)
+        with pytest.raises(ValueError, match=message):
+            linear_loss(hidden, sharded, target, lambda logp, *_: logp.sum())
+        with pytest.raises(ValueError, match="logits is a DTensor"):
+            selective_logprob(sharded, target[: len(sharded)])
+    finally:
+        torch.distributed.destroy_process_group()

@@ -101,6 +101,16 @@ def test_half_precision_logits_get_fp32_results_and_their_own_gradient_dtype() -
     assert torch.autograd.grad(result.logp.sum(), logits)[0].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("backend", ["auto", "chunked", "reference"])
+def test_the_default_device_does_not_matter(backend: str) -> None:
+    logits, target = make_inputs(4, 9, torch.float32)
+    expected = selective_logprob(logits, target, return_entropy=True, backend=backend)
+    with torch.device("meta"):
+        result = selective_logprob(logits, target, return_entropy=True, backend=backend)
+        (grad,) = torch.autograd.grad(result.logp.sum() + result.lse.sum(), logits)
+    assert result.logp.equal(expected.logp) and grad.device.type == "cpu"
+
+
 def test_input_logits_are_not_modified() -> None:
     logits, target = make_inputs(4, 9, torch.float32)
     before = logits.detach().clone()
@@ -116,6 +126,11 @@ def test_input_logits_are_not_modified() -> None:
         ({"logits": torch.zeros(3, 0)}, "logits have 0 columns"),
         ({"target": torch.tensor([0, 1])}, r"target must have shape \[3\]"),
         ({"target": torch.tensor([0, 1, 9])}, r"target\[2\] is 9"),
+        ({"logits": torch.zeros(3, 4).to_sparse()}, "logits must be a dense tensor; got torch.sparse_coo"),
+        ({"ignore_index": None}, "ignore_index must be an int; got None"),
+        ({"target": torch.tensor([0, 1, 2]).int(), "ignore_index": 1 << 32}, "ignore_index is 4294967296"),
+        ({"return_entropy": "detached"}, "return_entropy must be True or False; got 'detached'"),
+        ({"in_place": 1}, "in_place must be True or False; got 1"),
         ({"temperature": -1.0}, "temperature must be a finite number above 0"),
         ({"backend": "fast"}, "selective_logprob has no backend 'fast'"),
     ],
@@ -168,16 +183,19 @@ def test_in_place_is_refused_where_it_would_do_harm() -> None:
         needs_values.backward()
 
 
+@pytest.mark.parametrize("backend", ["auto", "chunked", "reference"])
 @pytest.mark.parametrize("what", ["target", "temperature"])
-def test_masked_bad_values_give_nan_in_their_own_row_only(what: str) -> None:
+def test_masked_bad_values_give_nan_in_their_own_row_only(what: str, backend: str) -> None:
     logits, target = make_inputs(4, 5)
     temperature = torch.tensor([1.0, 2.0, 0.5, 1.0])
-    exact = selective_logprob(logits, target, temperature=temperature, return_entropy=True)
+    exact = selective_logprob(logits, target, temperature=temperature, return_entropy=True, backend=backend)
     if what == "target":
         target = target.masked_fill(torch.arange(4) == 1, 77)
     else:
         temperature[1] = -1.0
-    result = selective_logprob(logits, target, temperature=temperature, return_entropy=True, validate=False)
+    result = selective_logprob(
+        logits, target, temperature=temperature, return_entropy=True, validate=False, backend=backend
+    )
     good = torch.tensor([True, False, True, True])
     for ours, expected in zip(result, exact, strict=True):
         assert ours is not None and torch.isnan(ours[1])

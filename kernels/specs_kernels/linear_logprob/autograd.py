@@ -29,8 +29,11 @@ from specs_kernels.linear_logprob.targets import Targets, find_targets, scatter_
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Autocast off; its context costs more than all checks together, so it is entered only where it is on."""
-    enabled = torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
+    return torch.autocast(device.type, enabled=False) if autocast_on(device) else nullcontext()
+
+
+def autocast_on(device: torch.device) -> bool:
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 class Inputs(NamedTuple):
@@ -86,6 +89,9 @@ def head_for(inputs: Inputs, options: Options, targets: Targets) -> Head:
 
 
 def targets_of(inputs: Inputs, options: Options) -> Targets:
+    """The call's targets. With ``validate`` this is where values are read and refused."""
+    if options.validate:
+        checks.check_bias_under_softcap(inputs.bias, options.softcap)
     return find_targets(
         inputs.target,
         inputs.rows,
@@ -160,6 +166,7 @@ def backward(
     gradients_M = statistics.gradients(grad_logp, grad_entropy, grad_lse)
     target_M, source_M, cache, cache_rows = targets.target_M, targets.source_M, saved.cache, None
     hidden_MD = targets.hidden(inputs.hidden)
+    tiles = tiling(inputs.hidden.device, head.vocab_size, head.dtype)
     if options.compact:
         live = live_rows(gradients_M, grad_lse)
         if live.shape[0] < target_M.shape[0]:
@@ -167,8 +174,12 @@ def backward(
             head, target_M, hidden_MD = head.subset(live), target_M[live], hidden_MD[live]
             source_M = live if source_M is None else source_M[live]
             if cache is not None:
-                cache_rows = live[: int((live < cache.rows).sum())]
-    tiles = tiling(inputs.hidden.device, head.vocab_size, head.dtype)
+                cached = int((live < cache.rows).sum())
+                if (
+                    cached < live.shape[0]
+                ):  # rows after the cached ones start a block, as their scores are formed in blocks
+                    cached = cached // tiles.row_block * tiles.row_block
+                cache_rows = live[:cached]
     rows = Rows(hidden_MD, head, tiles.row_block)
     into = Gradients(
         hidden_MD.new_zeros(hidden_MD.shape, dtype=head.dtype) if wanted.hidden else None,

@@ -107,7 +107,8 @@ class Head:
         else:
             inverse = 1.0 / temperature
         if bias_V is not None:
-            bias_V = bias_V.to(dtype) if early == 1.0 else bias_V.to(dtype) * early
+            bias_V = bias_V.to(dtype).contiguous()
+            bias_V = bias_V if early == 1.0 else bias_V * early
         operand = operand_dtype(weight_VD.dtype, weight_VD.device)
         return Head(weight_VD, lora_A, lora_B, bias_V, softcap, inverse, logit_scale * early, early, dtype, operand)
 

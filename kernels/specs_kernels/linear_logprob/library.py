@@ -216,8 +216,9 @@ OPERATOR = torch.ops.specs_kernels.linear_logprob.default
 
 
 def traced(*tensors: Tensor | None) -> bool:
-    """Whether a call is being traced, or its tensors are not plain ones: then it goes through the operator."""
+    """Whether a call is being traced, or its tensors are not plain ones or hold no data: then it goes through the operator."""
     return torch.compiler.is_compiling() or any(
-        tensor is not None and type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter
+        tensor is not None
+        and (tensor.is_meta or (type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter))
         for tensor in tensors
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from specs_kernels import checks
 from specs_kernels.dispatch import choose
-from specs_kernels.linear_logprob.autograd import Inputs, LinearLogprob, Options, without_autocast
+from specs_kernels.linear_logprob.autograd import Inputs, LinearLogprob, Options, autocast_on, without_autocast
 from specs_kernels.linear_logprob.head import row_block
 from specs_kernels.linear_logprob.library import OPERATOR, arguments, traced
 from specs_kernels.linear_logprob.modes import Mode, choose_mode
@@ -46,7 +46,7 @@ def linear_logprob(
     with softcap(x) = cap * tanh(x / cap), and the low-rank term only with ``lora``.
 
     hidden: ``[N, D]``, or ``[T, D]`` with ``rows``; fp16, bf16, fp32 or fp64. weight: ``[V, D]``, same dtype.
-    target: int64 or int32 ``[N]``. bias: ``[V]``, same dtype; may hold -inf to forbid a column.
+    target: int64 or int32 ``[N]``. bias: ``[V]``, same dtype; may hold -inf to forbid a column, except with a softcap.
     temperature: a number above 0, or a floating tensor ``[N]``, one per target; it gets no gradient.
     softcap: a number above 0 or None. logit_scale: a finite number.
     ignore_index: targets with this value give 0 in all outputs and pass no gradient; their hidden state (which may hold
@@ -120,7 +120,12 @@ def call(
     partial: bool = False,
 ) -> TokenLogprobs:
     """:func:`linear_logprob`. partial: targets outside ``[0, V)`` are in another slice of the vocabulary and score 0."""
+    checks.check_entropy_choice(return_entropy)
+    checks.check_flag("compact", compact)
+    if validate is not None:
+        checks.check_flag("validate", validate)
     inputs = head_inputs(hidden, weight, target, bias, temperature, softcap, logit_scale, rows, lora)
+    checks.check_ignore_index(ignore_index, target.dtype)
     through_operator = traced(*inputs)
     # Which backends can run here is looked up inside the operator: a tracer cannot follow it.
     chosen = backend if through_operator else choose("linear_logprob", backend, hidden.device).backend
@@ -136,7 +141,7 @@ def call(
             )
     picked = _mode(inputs, entropy_grad, mode, logit_cache_bytes, compact)
     if compact:
-        _refuse_capture(hidden.device)
+        _refuse_capture(hidden.device, through_operator)
     options = Options(
         scalar,
         softcap,
@@ -200,7 +205,8 @@ def head_inputs(
     if weight.shape[0] == 0:
         raise ValueError("weight has 0 rows; the vocabulary must have at least one entry")
     if not isinstance(target, Tensor) or target.dim() != 1:
-        raise ValueError("target must be a 1-d integer tensor [N]")
+        found = f"shape {checks.shape_of(target)}" if isinstance(target, Tensor) else type(target).__name__
+        raise ValueError(f"target must be a 1-d integer tensor [N]; got {found}")
     num_targets = target.shape[0]
     checks.check_integer("target", target, (num_targets,))
     if bias is not None:
@@ -220,7 +226,7 @@ def head_inputs(
     else:
         checks.check_temperature_tensor(temperatures, num_targets)
         temperatures = temperatures.detach()
-    if torch.is_autocast_enabled(hidden.device.type):
+    if autocast_on(hidden.device):
         hidden, weight = _autocast(hidden), _autocast(weight)
         bias, lora_A, lora_B = (None if t is None else _autocast(t) for t in (bias, lora_A, lora_B))
     checks.check_same_dtype(hidden=hidden, weight=weight, bias=bias, lora_A=lora_A, lora_B=lora_B)
@@ -257,10 +263,14 @@ def _check_lora(lora: tuple[Tensor, Tensor] | None, weight: Tensor) -> tuple[Ten
     return lora_A, lora_B
 
 
-def _refuse_capture(device: torch.device) -> None:
+def _refuse_capture(device: torch.device, through_operator: bool) -> None:
     if torch.compiler.is_compiling():
         raise RuntimeError(
             "compact=True waits for the device and cannot be traced; drop it or leave this call out of the graph"
+        )
+    if through_operator:
+        raise RuntimeError(
+            "compact=True waits for the device; tensor subclasses go without it: drop it or pass plain tensors"
         )
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("compact=True waits for the device and cannot be captured in a CUDA graph; drop it")

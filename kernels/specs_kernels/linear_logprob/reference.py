@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from specs_kernels import checks
 from specs_kernels.linear_logprob.autograd import Inputs
 from specs_kernels.linear_logprob.targets import find_targets
 from specs_kernels.results import TokenLogprobs
@@ -56,6 +57,8 @@ def linear_logprob_reference(
 ) -> TokenLogprobs:
     """See :func:`specs_kernels.linear_logprob`. partial: a target outside ``[0, V)`` has the score 0."""
     hidden, weight, bias, lora_A, lora_B, target, temperatures, rows = inputs
+    if validate:
+        checks.check_bias_under_softcap(bias, softcap)
     dtype = accumulation_dtype(hidden.dtype)
     num_targets = target.shape[0]
     scale = temperature if temperatures is None else temperatures.to(dtype)

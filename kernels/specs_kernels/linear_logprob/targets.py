@@ -31,7 +31,12 @@ class Targets:
 
     def hidden(self, hidden: Tensor) -> Tensor:
         """``[M, D]``; rows that do not count are 0, so that what they hold reaches nothing."""
-        picked = hidden if self.source_M is None else hidden.index_select(0, self.source_M)
+        if self.source_M is None:
+            picked = hidden
+        elif hidden.shape[0]:
+            picked = hidden.index_select(0, self.source_M)
+        else:  # no row to pick: none of the targets counts
+            picked = hidden.sum(0).expand(self.source_M.shape[0], -1)
         return picked if self.good_N is None else torch.where(self.good_N[:, None], picked, 0)
 
     def spread(self, values_M: Tensor, num_targets: int) -> Tensor:
@@ -60,6 +65,8 @@ class Targets:
 def scatter_rows(dhidden_MD: Tensor, source_M: Tensor | None, hidden: Tensor) -> Tensor:
     if source_M is None:
         return dhidden_MD.to(hidden.dtype)
+    if hidden.shape[0] == 0:
+        return torch.zeros_like(hidden)
     grad = torch.zeros(hidden.shape, dtype=dhidden_MD.dtype, device=hidden.device)
     if hidden.device.type == "cpu":
         grad.index_add_(0, source_M, dhidden_MD)  # sequential over the index on CPU
@@ -128,7 +135,7 @@ def _masked(
     source = None
     if rows is not None:
         source = rows.long().clamp(0, max(0, num_rows - 1))
-        good = good & (source == rows)
+        good = good & (source == rows) & (rows < num_rows)
     if isinstance(temperature, Tensor):
         good = good & (temperature > 0) & torch.isfinite(temperature)
         temperature = torch.where(good, temperature, 1.0)

@@ -17,14 +17,24 @@ def call_loss(
 ) -> tuple[Tensor, Metrics]:
     """Loss and detached metrics of one chunk. Raises ValueError for anything but a 0-d loss and a mapping of numbers."""
     returned = loss_fn(logp, entropy, lse, index)
+    if isinstance(returned, tuple) and len(returned) != 2:
+        raise ValueError(f"loss_fn must return a loss or (loss, metrics); got a tuple of {len(returned)}")
     loss, metrics = returned if isinstance(returned, tuple) else (returned, {})
     if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.is_floating_point():
-        found = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        found = (
+            f"a tensor of shape {list(loss.shape)}, {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
+        )
         raise ValueError(f"loss_fn must return a 0-d floating point tensor, or (it, metrics); got {found}")
     if not isinstance(metrics, Mapping):
         raise ValueError(
             f"the metrics of loss_fn must be a mapping from names to numbers; got {type(metrics).__name__}"
         )
+    for name, value in metrics.items():
+        if not isinstance(value, (int, float)) and not (isinstance(value, Tensor) and value.dim() == 0):
+            found = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"metric {name!r} of loss_fn is {found}; numbers and 0-d tensors only, which are summed over calls"
+            )
     if "recomputed_targets" in metrics:
         raise ValueError("the metric name 'recomputed_targets' is taken by linear_loss; use another")
     return loss, {name: value.detach() if isinstance(value, Tensor) else value for name, value in metrics.items()}

@@ -142,7 +142,11 @@ class Run:
         """Adds the chunk's loss and metrics; gradients with respect to its log-prob, entropy and log-sum-exp."""
         kept = self.targets.kept_M
         device = self.inputs.target.device
-        index = torch.arange(chunk.start, chunk.stop, device=device) if kept is None else kept[chunk.start : chunk.stop]
+        index = (
+            torch.arange(chunk.start, chunk.stop, device=device)
+            if kept is None
+            else kept[chunk.start : chunk.stop].clone()
+        )
         need = any(self.wanted)
         with torch.enable_grad():
             logp = statistics.logp.requires_grad_(need)
@@ -156,8 +160,7 @@ class Run:
         if not need or not loss.requires_grad:
             return None, None, None
         leaves = (logp, lse) if entropy is None else (logp, lse, entropy)
-        if chunk.start == 0:
-            refuse_other_leaves(loss, leaves)
+        refuse_other_leaves(loss, leaves)
         found = torch.autograd.grad(loss, leaves, allow_unused=True)
         return found[0], found[2] if entropy is not None else None, found[1]
 
@@ -200,11 +203,13 @@ class LinearLoss(torch.autograd.Function):
         if gradients is None:
             raise RuntimeError("linear_loss hands its gradients out once; call it again for a second backward")
         ctx.gradients = None
-        # On CPU the factor can be read for free, and 1 is the usual one.
-        if grad_loss.device.type != "cpu" or float(grad_loss) != 1.0:
+        # On CPU the factor can be read for free, and 1 is the usual one. Elsewhere it gets a dimension, so that products are
+        # formed in its dtype: as a 0-d tensor it would be rounded to the gradient's, where a loss scale of 65536 is inf.
+        factor = float(grad_loss) if grad_loss.device.type == "cpu" else grad_loss.reshape(1)
+        if isinstance(factor, Tensor) or factor != 1.0:
             for gradient in gradients:
                 if gradient is not None:
-                    gradient.mul_(grad_loss.to(gradient.dtype))
+                    torch.mul(gradient, factor, out=gradient)
         return (None, *gradients)
 
 

@@ -10,6 +10,7 @@ from specs_kernels.linear_logprob.autograd import Options, without_autocast
 from specs_kernels.linear_logprob.op import head_inputs
 from specs_kernels.linear_loss.call import LossFunction, Metrics
 from specs_kernels.linear_loss.chunked import linear_loss_chunked
+from specs_kernels.linear_loss.groups import group_sizes
 from specs_kernels.linear_loss.reference import linear_loss_reference
 from specs_kernels.results import TokenLogprobs
 from specs_kernels.tracing import outside_graphs
@@ -45,7 +46,8 @@ def linear_loss(
     ``loss_fn(logp, entropy, lse, index) -> loss`` or ``(loss, metrics)`` sees whole groups, one or several at a time: the
     log-probs, entropies (None without ``return_entropy``) and log-sum-exps of n targets, ``[n]`` with gradients, and their
     places in ``target``, ``index`` int64 ``[n]``, ascending. It slices the caller's own tensors by ``index`` and divides by
-    global counts that the caller brings along; the losses (0-d) and metrics of all calls are summed. A loss per token::
+    global counts that the caller brings along; the losses (0-d) and metrics of all calls are summed. A loss
+    without a gradient, as of a chunk in which all is masked, counts as a constant. A loss per token::
 
         loss, _, _ = linear_loss(h, w, target, lambda logp, entropy, lse, index: -(weights[index] * logp).sum())
 
@@ -72,7 +74,10 @@ def linear_loss(
     """
     if not callable(loss_fn):
         raise ValueError(f"loss_fn must be callable; got {type(loss_fn).__name__}")
+    checks.check_flag("return_entropy", return_entropy)
+    checks.check_flag("compact", compact)
     inputs = head_inputs(hidden, weight, target, bias, temperature, softcap, logit_scale, rows, lora)
+    checks.check_ignore_index(ignore_index, target.dtype)
     if group_ids is not None:
         checks.check_integer("group_ids", group_ids, (target.shape[0],))
         checks.check_same_device(target=target, group_ids=group_ids)
@@ -83,6 +88,10 @@ def linear_loss(
     chosen = choose("linear_loss", backend, hidden.device).backend
     scalar = 1.0 if isinstance(temperature, Tensor) else float(temperature)
     if chosen == "reference":
+        if compact:
+            raise ValueError("backend='reference' differentiates by autograd; drop compact=True")
+        if group_ids is not None:
+            group_sizes(group_ids, None)
         with without_autocast(hidden.device):
             return linear_loss_reference(inputs, loss_fn, scalar, softcap, logit_scale, ignore_index, return_entropy)
     options = Options(

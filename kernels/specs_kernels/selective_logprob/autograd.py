@@ -103,8 +103,6 @@ class SelectiveLogprob(torch.autograd.Function):
         grad = module.backward(
             logits.detach(), target, temperature, ignore_index, module.Statistics(*statistics), *grads, out=out
         )
-        if out is not None:  # a kernel's write is not seen by autograd
-            torch.autograd.graph.increment_version(out)
         if out is not None:
             torch.autograd.graph.increment_version(out)  # so that autograd sees it whatever wrote it
         return (grad,) + (None,) * 7

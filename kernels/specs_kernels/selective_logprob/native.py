@@ -48,7 +48,7 @@ def forward(
     num_targets, vocab_size = logits.shape
     dtype = accumulation_dtype(logits.dtype)
     inverse_N, inverse = _inverse(temperature, dtype)
-    maximum, total, weighted, score = torch.empty(4, num_targets, dtype=dtype).unbind()
+    maximum, total, weighted, score = torch.empty(4, num_targets, dtype=dtype, device=logits.device).unbind()
     column = _columns(target, ignore_index)
     score.fill_(torch.nan)
     torch.ops.specs_kernels.row_pass_stats(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from specs_kernels import checks
@@ -9,7 +10,7 @@ from specs_kernels.dispatch import choose
 from specs_kernels.linear_logprob.autograd import without_autocast
 from specs_kernels.linear_logprob.library import traced
 from specs_kernels.results import TokenLogprobs
-from specs_kernels.selective_logprob.autograd import OPERATOR, SelectiveLogprob, validate_values
+from specs_kernels.selective_logprob.autograd import OPERATOR, SelectiveLogprob, set_aside, validate_values
 from specs_kernels.selective_logprob.reference import selective_logprob_reference
 
 
@@ -55,6 +56,11 @@ def selective_logprob(
     if vocab_size == 0:
         raise ValueError("logits have 0 columns; the vocabulary must have at least one entry")
     checks.check_integer("target", target, (num_targets,))
+    checks.check_ignore_index(ignore_index, target.dtype)
+    checks.check_flag("return_entropy", return_entropy)
+    checks.check_flag("in_place", in_place)
+    if validate is not None:
+        checks.check_flag("validate", validate)
     if isinstance(temperature, Tensor):
         checks.check_temperature_tensor(temperature, num_targets)
         temperature = temperature.detach()
@@ -80,9 +86,7 @@ def selective_logprob(
         _check_in_place(logits, chosen)
     with without_autocast(logits.device):
         if chosen == "reference":
-            kept = checks.kept_targets(target, ignore_index, vocab_size)
-            checks.check_temperature(temperature, num_targets, kept)
-            return selective_logprob_reference(logits, target, temperature, return_entropy, kept)
+            return _reference(logits, target, temperature, ignore_index, return_entropy, validate)
         if validate:
             validate_values(logits, target, temperature, ignore_index)
         return TokenLogprobs(
@@ -90,6 +94,27 @@ def selective_logprob(
                 logits, target, temperature, ignore_index, return_entropy, in_place, validate, chosen
             )
         )
+
+
+def _reference(
+    logits: Tensor,
+    target: Tensor,
+    temperature: float | Tensor,
+    ignore_index: int,
+    return_entropy: bool,
+    validate: bool,
+) -> TokenLogprobs:
+    bad = None
+    if validate:
+        validate_values(logits, target, temperature, ignore_index)
+    else:
+        target, temperature, bad = set_aside(logits, target, temperature, ignore_index)
+    kept = checks.kept_targets(target, ignore_index, None)
+    logp, entropy, lse = selective_logprob_reference(logits, target, temperature, return_entropy, kept)
+    if bad is not None:
+        logp, lse = logp.masked_fill(bad, torch.nan), lse.masked_fill(bad, torch.nan)
+        entropy = None if entropy is None else entropy.masked_fill(bad, torch.nan)
+    return TokenLogprobs(logp, entropy, lse)
 
 
 def _check_in_place(logits: Tensor, backend: str) -> None:
