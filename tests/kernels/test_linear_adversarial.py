@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from specs_kernels import linear_logprob
+from specs_kernels.dispatch import backends, unavailable
 
 TRAINED: list[dict[str, Any]] = [{"mode": "recompute"}, {"mode": "cache", "logit_cache_bytes": 1 << 30}]
 
@@ -225,3 +226,28 @@ def test_targets_without_any_hidden_row(backend: str, validate: bool) -> None:
     if not validate:
         bad = linear_logprob(hidden, weight, torch.tensor([1]), rows=torch.tensor([0]), validate=False, backend=backend)
         assert bad.logp.isnan().all()
+
+
+@pytest.mark.parametrize("backend", ["native", "chunked"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_kept_scores_of_half_precision_keep_the_slope_of_a_saturated_softcap(backend: str, dtype: torch.dtype) -> None:
+    if backend not in backends("linear_logprob"):
+        pytest.skip(f"backend {backend} is not here: {unavailable(backend)}")
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(200, 16, generator=generator).to(dtype).requires_grad_()
+    weight = (3 * torch.randn(2, 16, generator=generator)).to(dtype)
+    target = torch.randint(2, (200,), generator=generator)
+
+    def gradient(hidden: Tensor, weight: Tensor, **options: Any) -> Tensor:
+        logp = linear_logprob(hidden, weight, target, softcap=1.5, **options).logp
+        return torch.autograd.grad(logp.sum(), hidden)[0].double()
+
+    exact = gradient(hidden.detach().double().requires_grad_(), weight.double(), backend="reference")
+    error = {
+        name: (gradient(hidden, weight, backend=backend, **options) - exact).norm() / exact.norm()
+        for name, options in (
+            ("again", {"mode": "recompute"}),
+            ("kept", {"mode": "cache", "logit_cache_bytes": 1 << 20}),
+        )
+    }
+    assert error["kept"] <= 1.5 * error["again"]

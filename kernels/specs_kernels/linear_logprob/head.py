@@ -67,6 +67,12 @@ def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype if device.type == "cuda" else accumulation_dtype(dtype)
 
 
+def kept_dtype(dtype: torch.dtype, softcap: float | None) -> torch.dtype:
+    """In which scores are kept for the backward: that of the inputs. Under a soft cap the arithmetic one: the slope
+    ``1 - (z / cap)^2`` of a saturated score vanishes in the rounding of z."""
+    return dtype if softcap is None else accumulation_dtype(dtype)
+
+
 @dataclass(frozen=True, slots=True)
 class Head:
     """Scores are ``softcap(logit_scale * (hidden @ W.T + (hidden @ A.T) @ B.T) + bias) / temperature``.

@@ -32,13 +32,14 @@ def choose_mode(
     logit_cache_bytes: int = 0,
     compact: bool = False,
     score_bytes: int = 4,
-    input_bytes: int = 4,
+    kept_bytes: int = 4,
     row_block: int = 1,
 ) -> Mode:
     """The mode that ``linear_logprob`` runs with these arguments.
 
     hidden_grad, weight_grad, other_grad: whether hidden, the weight, a bias or ``lora`` get a gradient. entropy_grad: whether
-    the entropy is returned with one. score_bytes, input_bytes: size of a number in the arithmetic and the input dtype.
+    the entropy is returned with one. score_bytes, kept_bytes: size of a score in the arithmetic dtype, and where it is kept
+    on request.
     row_block: rows are cached in multiples of it, or all.
 
     Raises ValueError for an unknown mode and for arguments that do not combine.
@@ -77,18 +78,16 @@ def choose_mode(
     if mode == "recompute":
         return training("recompute", "asked for by name")
     if logit_cache_bytes:
-        rows = logit_cache_bytes // (vocab_size * input_bytes)
+        rows = logit_cache_bytes // (vocab_size * kept_bytes)
         rows = rows if rows >= num_targets else rows // row_block * row_block
         if rows >= num_targets:
-            return training("cache", "all scores fit logit_cache_bytes", num_targets, input_bytes == score_bytes)
+            return training("cache", "all scores fit logit_cache_bytes", num_targets, kept_bytes == score_bytes)
         if rows:
-            return training(
-                "cache", f"scores of {rows} targets fit logit_cache_bytes", rows, input_bytes == score_bytes
-            )
+            return training("cache", f"scores of {rows} targets fit logit_cache_bytes", rows, kept_bytes == score_bytes)
         if mode == "cache":
             raise ValueError(
                 f"logit_cache_bytes={logit_cache_bytes} holds no block of scores; {row_block} targets take "
-                f"{row_block * vocab_size * input_bytes} bytes"
+                f"{row_block * vocab_size * kept_bytes} bytes"
             )
     elif num_targets * vocab_size * score_bytes <= KEPT_BYTES:
         return training("cache", f"all scores fit {KEPT_BYTES >> 20} MiB", num_targets)

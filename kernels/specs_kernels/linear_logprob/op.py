@@ -10,7 +10,7 @@ from torch import Tensor
 from specs_kernels import checks
 from specs_kernels.dispatch import choose
 from specs_kernels.linear_logprob.autograd import Inputs, LinearLogprob, Options, autocast_on, without_autocast
-from specs_kernels.linear_logprob.head import row_block
+from specs_kernels.linear_logprob.head import kept_dtype, row_block
 from specs_kernels.linear_logprob.library import OPERATOR, arguments, traced
 from specs_kernels.linear_logprob.modes import Mode, choose_mode
 from specs_kernels.linear_logprob.reference import linear_logprob_reference
@@ -59,7 +59,8 @@ def linear_logprob(
         :func:`choose_mode` says what "auto" takes.
 
         * "forward": 2 NDV, no gradient. * "recompute": 8 NDV (6 with a frozen head), scores are formed twice.
-        * "cache": down to 6 NDV (4), scores of as many targets as fit ``logit_cache_bytes`` are kept, in the input's dtype.
+        * "cache": down to 6 NDV (4), scores of as many targets as fit ``logit_cache_bytes`` are kept, in the input's dtype
+          (fp32 under a soft cap: the slope of a saturated score is lost when it is rounded).
         * "frozen": 4 NDV (6 when the entropy has a gradient), only hidden gets a gradient, which is formed in the forward.
 
         Scores of 64 MiB or less are kept by "auto" in any case.
@@ -139,7 +140,7 @@ def call(
             return linear_logprob_reference(
                 inputs, scalar, softcap, logit_scale, ignore_index, return_entropy, validate, partial
             )
-    picked = _mode(inputs, entropy_grad, mode, logit_cache_bytes, compact)
+    picked = _mode(inputs, entropy_grad, mode, logit_cache_bytes, compact, softcap)
     if compact:
         _refuse_capture(hidden.device, through_operator)
     options = Options(
@@ -164,7 +165,9 @@ def call(
         return TokenLogprobs(*LinearLogprob.apply(options, *inputs))
 
 
-def _mode(inputs: Inputs, entropy_grad: bool, mode: str, logit_cache_bytes: int, compact: bool) -> Mode:
+def _mode(
+    inputs: Inputs, entropy_grad: bool, mode: str, logit_cache_bytes: int, compact: bool, softcap: float | None
+) -> Mode:
     enabled = torch.is_grad_enabled()
     others = (inputs.bias, inputs.lora_A, inputs.lora_B)
     dtype = inputs.hidden.dtype
@@ -179,7 +182,7 @@ def _mode(inputs: Inputs, entropy_grad: bool, mode: str, logit_cache_bytes: int,
         logit_cache_bytes=logit_cache_bytes,
         compact=compact,
         score_bytes=8 if dtype == torch.float64 else 4,
-        input_bytes=dtype.itemsize,
+        kept_bytes=kept_dtype(dtype, softcap).itemsize,
         row_block=row_block(inputs.hidden.device),
     )
 

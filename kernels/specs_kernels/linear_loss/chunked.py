@@ -29,7 +29,7 @@ from specs_kernels.linear_logprob.autograd import (
 from specs_kernels.linear_logprob.backends import row_pass
 from specs_kernels.linear_logprob.backward import Gradients, backward_tiles
 from specs_kernels.linear_logprob.forward import Cache, Statistics, forward_statistics
-from specs_kernels.linear_logprob.head import Head, Rows, Tiling, tiling
+from specs_kernels.linear_logprob.head import Head, Rows, Tiling, kept_dtype, tiling
 from specs_kernels.linear_logprob.targets import Targets
 from specs_kernels.linear_loss.call import LossFunction, Metrics, call_loss, refuse_other_leaves
 from specs_kernels.linear_loss.groups import Chunk, group_sizes, plan_chunks
@@ -55,7 +55,7 @@ class Run:
         self.sweeps = row_pass(options.backend)
         self.hidden_MD = self.targets.hidden(inputs.hidden)
         self.count = self.targets.target_M.shape[0]
-        score_dtype = inputs.hidden.dtype
+        score_dtype = kept_dtype(inputs.hidden.dtype, options.softcap)
         row_bytes = self.head.vocab_size * score_dtype.itemsize
         block = self.tiles.row_block
         capacity = workspace_bytes // row_bytes // block * block

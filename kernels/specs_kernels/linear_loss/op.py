@@ -53,8 +53,8 @@ def linear_loss(
 
     group_ids: int64 or int32 ``[N]``, equal and contiguous within a group (a pair for DPO, a response for a length-normalised
         loss); None: every target is its own group.
-    workspace_bytes: room for scores, in the dtype of hidden; None: 256 MiB on CPU, 1.25 GiB elsewhere. As many whole groups
-        as fit go through it at a time. A group that does not fit is computed twice (8 NDV), and
+    workspace_bytes: room for scores, in the dtype of hidden (fp32 under a soft cap); None: 256 MiB on CPU, 1.25 GiB
+        elsewhere. As many whole groups as fit go through it at a time. A group that does not fit is computed twice (8 NDV), and
         ``metrics["recomputed_targets"]`` counts its targets.
     compact: drop targets with gradient 0 before the gradients of hidden and weight; waits for the device once per chunk.
     The other arguments are those of :func:`linear_logprob`. Ignored targets are not shown to ``loss_fn``; when none is left it
