@@ -17,7 +17,7 @@ from specs_kernels.linear_logprob.row_pass import NO_TARGET, SKIP_ROW, RowGradie
 from specs_kernels.selective_logprob import native as selective
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
-WIDEST = 2
+WIDEST = 3
 LOWEST = torch.finfo(torch.float32).min
 ROWS = NativeRowPass()
 PLAIN = Transform(None, None, 1.0, False)

@@ -116,8 +116,8 @@ class NativeRowPass:
         cache_rows: Tensor | None,
     ) -> bool:
         cached = 0 if cache is None else (cache.rows if cache_rows is None else cache_rows.shape[0])
-        targets = (into.weight, into.lora_B, into.bias)
-        weight, lora_B, bias = (None if x is None else x if x.is_contiguous() else x.contiguous() for x in targets)
+        outputs = (into.weight, into.lora_B, into.bias)
+        weight, lora_B, bias = (_dense(x) for x in outputs)
         torch.ops.specs_kernels.linear_backward(
             *_operands(rows, head, target_M),
             _dense(gradients_M.maximum),
@@ -137,8 +137,8 @@ class NativeRowPass:
             head.early,
             into.accumulate,
         )
-        for own, made in zip(targets, (weight, lora_B, bias), strict=True):
-            if own is not None and made is not own:
+        for own, made in zip(outputs, (weight, lora_B, bias), strict=True):
+            if own is not None and made is not None and made is not own:
                 own.copy_(made)
         return True
 
