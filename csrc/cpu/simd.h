@@ -72,6 +72,21 @@ SPECS_INLINE Vec<F> larger(Vec<F> a, Vec<F> b) {
   return a > b ? a : b;
 }
 
+// v, rounded: what is added to it does not become part of one fused multiply-add, whatever else the compiler sees done with v.
+template <class F>
+SPECS_INLINE Vec<F> rounded(Vec<F> v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__x86_64__)
+  asm("" : "+x"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#else
+  asm("" : "+m"(v));
+#endif
+  return v;
+}
+
 // Largest lane; lanes that are NaN may or may not be seen.
 template <class F>
 SPECS_INLINE F max_lane(Vec<F> v) {
