@@ -44,7 +44,7 @@ class Forward {
   }
 
   void run() {
-    const int64_t per_row = terms_ * sizeof(F) * (1 + (out_.sums ? segments_.count * (out_.second ? 2 : 1) : 0));
+    const int64_t per_row = std::max<int64_t>(1, terms_) * sizeof(F) * (1 + (out_.sums ? segments_.count * (out_.second ? 2 : 1) : 0));
     const int64_t chunk = std::max<int64_t>(128, (out_.sums ? kRoomBytes : kSmallRoomBytes) / per_row / P_ * P_);
     const int64_t lanes = divide_up(std::min(chunk, rows_), P_) * P_, all_sums = segments_.count * lanes * terms_;
     const Workspace<F> packed(like_, lanes * packed_terms_), state(like_, segments_.count * 3 * lanes);

@@ -88,7 +88,7 @@ SPECS_INLINE void take(const F* z, int64_t n, bool fresh, const PanelState<F>& s
     s += e;
     Vec<F> w{};
     if (WEIGHTED) {
-      w = rounded<F>(e * larger<F>(splat<F>(kFloor), d));  // the same sum whether w is also stored or not
+      w = rounded<F>(e * larger<F>(splat<F>(kFloor), d));  // the same sum whether or not w is stored
       t += w;
     }
     visit(c, v, e, w);

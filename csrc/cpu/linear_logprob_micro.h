@@ -82,8 +82,11 @@ constexpr int64_t kStretch = 1024;
 template <class Terms>
 void products_of(int64_t rows, int64_t K, const typename Terms::Word* A, int64_t stride, const typename Terms::Word* panel, typename Terms::Sum* out, bool add) {
   constexpr int64_t P = kPanel<typename Terms::Sum>;
-  for (int64_t k = 0; k < K; k += kStretch)
+  int64_t k = 0;
+  do {  // once at least: no terms give 0
     multiply<Terms, false>(rows, 1, K - k < kStretch ? K - k : kStretch, A + k, stride, 0, panel + k * P, out, P, add || k > 0);
+    k += kStretch;
+  } while (k < K);
 }
 
 }  // namespace SPECS_ISA

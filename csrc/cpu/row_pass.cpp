@@ -1,10 +1,8 @@
-// The row passes of linear_logprob and selective_logprob on CPU: checks, threads, and how a row is cut.
+// The row passes of selective_logprob on CPU: checks, threads, and how a row is cut.
 //
-// A task is a few rows of a tile. A row goes through the first-level cache in pieces of kPieceColumns (whole, where what is written
-// depends on the maximum of all of it); pieces are merged in order, so a row's result depends on its values only, and with tiles of at most
-// one piece not on what is written. Rows in half precision
-// or with a stride between columns are widened piece by piece into a buffer of the worker, which also holds scores where they differ
-// from the products.
+// A task is a few rows. A row goes through the first-level cache in pieces of kPieceColumns, merged in order, so a row's result depends on
+// its values only. Rows in half precision or with a stride between columns are widened piece by piece into a buffer of the worker, which
+// also holds scores where they differ from the logits.
 
 #include "row_pass.h"
 
@@ -53,8 +51,6 @@ class Matrix {
         dtype_(x.scalar_type()),
         direct_(size_of(dtype_) == sizeof(F) && stride_column_ == 1) {}
 
-  // Whether pieces are used where they lie.
-  bool direct() const { return direct_; }
   F* at(int64_t row, int64_t column) const { return reinterpret_cast<F*>(raw(row, column)); }
 
   const F* read(int64_t row, int64_t column, int64_t count, F* buffer) const {
@@ -146,20 +142,6 @@ F* data(const Tensor& x) {
   return static_cast<F*>(x.mutable_data_ptr());
 }
 
-template <class F>
-struct Scores {
-  Vector<F> inverse;
-  const F* bias;
-  F cap;
-
-  Scores(const MaybeTensor& bias_C, double softcap, const MaybeTensor& inverse_R, double inverse_temperature)
-      : inverse(inverse_R, static_cast<F>(inverse_temperature)), bias(bias_C ? static_cast<const F*>(bias_C->const_data_ptr()) : nullptr), cap(static_cast<F>(softcap)) {}
-
-  bool plain() const { return !bias && cap == 0 && !inverse.data && inverse.common == 1; }
-  // tanh of the soft cap from a score
-  F tanh_scale(int64_t row) const { return cap > 0 ? 1 / (cap * inverse[row]) : F(0); }
-};
-
 bool is_float(const Tensor& x) {
   const ScalarType t = x.scalar_type();
   return t == ScalarType::Float || t == ScalarType::Double || t == ScalarType::Half || t == ScalarType::BFloat16;
@@ -179,14 +161,12 @@ void check_vector(const MaybeTensor& x, int64_t count, ScalarType dtype, const c
       " has the wrong length, dtype or strides");
 }
 
-void check_tile(const Tensor& x, const Tensor& target, const MaybeTensor& bias, double softcap, const MaybeTensor& inverse, ScalarType arithmetic) {
+void check_rows(const Tensor& x, const Tensor& target, const MaybeTensor& inverse, ScalarType arithmetic) {
   STD_TORCH_CHECK(arithmetic == ScalarType::Float || arithmetic == ScalarType::Double, "native row pass: statistics must be float32 or float64");
   STD_TORCH_CHECK(x.dim() == 2, "native row pass: x must be a matrix");
   check_matrix(x, x.size(0), x.size(1), arithmetic, "x");
   check_vector(target, x.size(0), ScalarType::Long, "target");
-  check_vector(bias, x.size(1), arithmetic, "bias", true);
   check_vector(inverse, x.size(0), arithmetic, "inverse_temperature");
-  STD_TORCH_CHECK(softcap >= 0, "native row pass: softcap must be at least 0 (0: none)");
 }
 
 template <class F>
@@ -207,66 +187,43 @@ void merge(const State<F>& state, int64_t row, bool fresh, F top, ScoreSums<F> s
   if (state.weighted) state.weighted[row] = sums.weighted;
 }
 
+// Whether logits are scores as they are.
 template <class F>
-void stats(
-    const Tensor& x, const Vector<int64_t>& target, int64_t first, const Scores<F>& scores, const State<F>& state, const MaybeTensor& keep,
-    const MaybeTensor& weights, const MaybeTensor& weighted_out, F* offset) {
+bool plain(const Vector<F>& inverse) {
+  return !inverse.data && inverse.common == 1;
+}
+
+template <class F>
+void stats(const Tensor& x, const Vector<int64_t>& target, const Vector<F>& inverse, const State<F>& state) {
   const int64_t rows = x.size(0), columns = x.size(1);
   const Matrix<F> from(x, false);
-  const Matrix<F> kept(keep ? *keep : x, static_cast<bool>(keep)), first_out(weights ? *weights : x, static_cast<bool>(weights)),
-      second_out(weighted_out ? *weighted_out : x, static_cast<bool>(weighted_out));
-  const bool writes = keep || weights;
-  const int64_t piece_columns = writes ? std::max<int64_t>(1, columns) : kPieceColumns;
   const int64_t step = std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, columns));
   const RowPassKernels<F>& kernel = kernels<F>();
   run_tasks((rows + step - 1) / step, [&] {
-    const bool second = weighted_out && !second_out.direct();
-    Buffer<F> buffer(std::min(columns, piece_columns)), buffer2(second ? columns : 0);
-    return [&, buffer = std::move(buffer), buffer2 = std::move(buffer2)](int64_t task) {
+    Buffer<F> buffer(std::min(columns, kPieceColumns));
+    return [&, buffer = std::move(buffer)](int64_t task) {
       for (int64_t row = task * step; row < std::min(rows, (task + 1) * step); ++row) {
         if (target[row] == kSkipRow) {
-          // What is left of it enters a GEMM, or a logarithm, as a number.
+          // What is left of it enters a logarithm as a number.
           state.maximum[row] = state.target[row] = 0;
           state.total[row] = 1;
           if (state.weighted) state.weighted[row] = 0;
-          if (offset) offset[row] = 0;
-          if (keep) kept.zero(row, columns, buffer.data());
-          if (weights) first_out.zero(row, columns, buffer.data());
-          if (weighted_out) second_out.zero(row, columns, buffer.data());
           continue;
         }
-        for (int64_t begin = 0; begin < columns; begin += piece_columns) {
-          const int64_t count = std::min(columns - begin, piece_columns), place = target[row] - first - begin;
-          const bool here = place >= 0 && place < count, fresh = first + begin == 0;
+        for (int64_t begin = 0; begin < columns; begin += kPieceColumns) {
+          const int64_t count = std::min(columns - begin, kPieceColumns), place = target[row] - begin;
           const F* z = from.read(row, begin, count, buffer.data());
           F top;
-          if (scores.plain()) {
+          if (plain(inverse)) {
             top = kernel.maximum(z, count);
           } else {
-            top = kernel.scores(z, scores.bias ? scores.bias + begin : nullptr, scores.cap, scores.inverse[row], count, buffer.data());
+            top = kernel.scores(z, inverse[row], count, buffer.data());
             z = buffer.data();
           }
           if (top < std::numeric_limits<F>::lowest()) top = std::numeric_limits<F>::lowest();
-          if (here) state.target[row] = z[place];
-          const F old = fresh ? top : state.maximum[row], all = old > top || std::isnan(old) ? old : top;
-          if (weights) {
-            F* out = first_out.room(row, begin, buffer.data());
-            F* out2 = weighted_out ? second_out.room(row, begin, buffer2.data()) : nullptr;
-            merge(state, row, fresh, all, kernel.weights(z, count, all, scores.tanh_scale(row), out, out2));
-            if (here) out[place] = 0;
-            if (here && out2) out2[place] = 0;
-            first_out.write(row, begin, count, out);
-            if (out2) second_out.write(row, begin, count, out2);
-            offset[row] = old - all;
-            continue;
-          }
-          merge(state, row, fresh, all, kernel.sums(z, count, all, state.weighted != nullptr));
-          if (keep) {  // around the maximum of their own tile, where rounding is finest
-            F* out = kept.room(row, begin, buffer.data());
-            kernel.subtract(z, count, top, out);
-            kept.write(row, begin, count, out);
-            offset[row] = top;
-          }
+          if (place >= 0 && place < count) state.target[row] = z[place];
+          const F old = begin == 0 ? top : state.maximum[row], all = old > top || std::isnan(old) ? old : top;
+          merge(state, row, begin == 0, all, kernel.sums(z, count, all, state.weighted != nullptr));
         }
       }
     };
@@ -275,16 +232,15 @@ void stats(
 
 template <class F>
 struct Upstream {
-  Vector<F> maximum, log_total, base, entropy, target, above;
+  Vector<F> maximum, log_total, base, entropy, target;
 };
 
 template <class F>
-void gradients(const Tensor& x, const Vector<int64_t>& target, int64_t first, const Scores<F>& scores, const Upstream<F>& upstream, const Tensor& dx) {
+void gradients(const Tensor& x, const Vector<int64_t>& target, const Vector<F>& inverse, const Upstream<F>& upstream, const Tensor& dx) {
   const int64_t rows = x.size(0), columns = x.size(1);
   const Matrix<F> from(x, false), to(dx, true);
   const int64_t step = std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, columns));
   const RowPassKernels<F>& kernel = kernels<F>();
-  const bool transform = !upstream.above.data && !scores.plain();
   run_tasks((rows + step - 1) / step, [&] {
     Buffer<F> buffer(std::min(columns, kPieceColumns));
     return [&, buffer = std::move(buffer)](int64_t task) {
@@ -294,22 +250,18 @@ void gradients(const Tensor& x, const Vector<int64_t>& target, int64_t first, co
           to.zero(row, columns, buffer.data());
           continue;
         }
-        const F inverse = scores.inverse[row], scale = inverse * std::exp(-upstream.log_total[row]);
-        const F above = upstream.above[row];
-        const RowGradient<F> gradient{
-            above - upstream.maximum[row], above, upstream.base[row] * scale, q * scale, scores.tanh_scale(row), upstream.entropy.data != nullptr};
+        const F scale = inverse[row] * std::exp(-upstream.log_total[row]);
+        const RowGradient<F> gradient{upstream.maximum[row], upstream.base[row] * scale, q * scale, upstream.entropy.data != nullptr};
         for (int64_t begin = 0; begin < columns; begin += kPieceColumns) {
-          const int64_t count = std::min(columns - begin, kPieceColumns), place = target[row] - first - begin;
-          const bool here = place >= 0 && place < count;
-          const F* y = from.read(row, begin, count, buffer.data());
-          if (transform) {
-            kernel.scores(y, scores.bias ? scores.bias + begin : nullptr, scores.cap, inverse, count, buffer.data());
-            y = buffer.data();
+          const int64_t count = std::min(columns - begin, kPieceColumns), place = target[row] - begin;
+          const F* z = from.read(row, begin, count, buffer.data());
+          if (!plain(inverse)) {
+            kernel.scores(z, inverse[row], count, buffer.data());
+            z = buffer.data();
           }
-          const F tanh = here && gradient.tanh_scale != 0 ? (y[place] + above) * gradient.tanh_scale : F(0);  // y may be -inf
           F* out = to.room(row, begin, buffer.data());
-          kernel.gradient(y, count, gradient, out);
-          if (here) out[place] += g * inverse * (1 - tanh * tanh);
+          kernel.gradient(z, count, gradient, out);
+          if (place >= 0 && place < count) out[place] += g * inverse[row];
           to.write(row, begin, count, out);
         }
       }
@@ -318,41 +270,34 @@ void gradients(const Tensor& x, const Vector<int64_t>& target, int64_t first, co
 }
 
 void row_pass_stats(
-    Tensor x, Tensor target, int64_t first, MaybeTensor bias, double softcap, MaybeTensor inverse_temperature, double inverse, Tensor maximum,
-    Tensor total, MaybeTensor weighted, Tensor target_score, MaybeTensor keep, MaybeTensor weights, MaybeTensor weighted_out, MaybeTensor offset) {
+    Tensor x, Tensor target, MaybeTensor inverse_temperature, double inverse, Tensor maximum, Tensor total, MaybeTensor weighted, Tensor target_score) {
   const ScalarType arithmetic = maximum.scalar_type();
-  const int64_t rows = x.size(0);
-  check_tile(x, target, bias, softcap, inverse_temperature, arithmetic);
-  for (const MaybeTensor& vector : {MaybeTensor(maximum), MaybeTensor(total), weighted, MaybeTensor(target_score), offset})
-    check_vector(vector, rows, arithmetic, "the state", true);
-  for (const MaybeTensor* matrix : {&keep, &weights, &weighted_out})
-    if (*matrix) check_matrix(**matrix, rows, x.size(1), arithmetic, "an output");
-  STD_TORCH_CHECK(
-      !(keep && weights) && (!weighted_out || weights) && (!(keep || weights) || offset), "native row pass: these outputs do not go together");
+  check_rows(x, target, inverse_temperature, arithmetic);
+  for (const MaybeTensor& vector : {MaybeTensor(maximum), MaybeTensor(total), weighted, MaybeTensor(target_score)})
+    check_vector(vector, x.size(0), arithmetic, "the state", true);
   const auto run = [&](auto zero) {
     using F = decltype(zero);
     stats<F>(
-        x, Vector<int64_t>(target, 0), first, Scores<F>(bias, softcap, inverse_temperature, inverse),
-        State<F>{data<F>(maximum), data<F>(total), weighted ? data<F>(*weighted) : nullptr, data<F>(target_score)}, keep, weights, weighted_out,
-        offset ? data<F>(*offset) : nullptr);
+        x, Vector<int64_t>(target, 0), Vector<F>(inverse_temperature, static_cast<F>(inverse)),
+        State<F>{data<F>(maximum), data<F>(total), weighted ? data<F>(*weighted) : nullptr, data<F>(target_score)});
   };
   if (arithmetic == ScalarType::Double) run(0.0);
   else run(0.0f);
 }
 
 void row_pass_gradients(
-    Tensor x, Tensor target, int64_t first, MaybeTensor bias, double softcap, MaybeTensor inverse_temperature, double inverse, Tensor maximum,
-    Tensor log_total, Tensor base, MaybeTensor entropy, MaybeTensor target_gradient, MaybeTensor offset, Tensor dx) {
+    Tensor x, Tensor target, MaybeTensor inverse_temperature, double inverse, Tensor maximum, Tensor log_total, Tensor base, MaybeTensor entropy,
+    MaybeTensor target_gradient, Tensor dx) {
   const ScalarType arithmetic = maximum.scalar_type();
-  check_tile(x, target, bias, softcap, inverse_temperature, arithmetic);
-  for (const MaybeTensor& vector : {MaybeTensor(maximum), MaybeTensor(log_total), MaybeTensor(base), entropy, target_gradient, offset})
+  check_rows(x, target, inverse_temperature, arithmetic);
+  for (const MaybeTensor& vector : {MaybeTensor(maximum), MaybeTensor(log_total), MaybeTensor(base), entropy, target_gradient})
     check_vector(vector, x.size(0), arithmetic, "the gradients");
   check_matrix(dx, x.size(0), x.size(1), arithmetic, "dx");
   const auto run = [&](auto zero) {
     using F = decltype(zero);
     gradients<F>(
-        x, Vector<int64_t>(target, 0), first, Scores<F>(bias, softcap, inverse_temperature, inverse),
-        Upstream<F>{{maximum, F(0)}, {log_total, F(0)}, {base, F(0)}, {entropy, F(0)}, {target_gradient, F(0)}, {offset, F(0)}}, dx);
+        x, Vector<int64_t>(target, 0), Vector<F>(inverse_temperature, static_cast<F>(inverse)),
+        Upstream<F>{{maximum, F(0)}, {log_total, F(0)}, {base, F(0)}, {entropy, F(0)}, {target_gradient, F(0)}}, dx);
   };
   if (arithmetic == ScalarType::Double) run(0.0);
   else run(0.0f);
@@ -363,12 +308,11 @@ void row_pass_gradients(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(specs_kernels, m) {
   m.def(
-      "row_pass_stats(Tensor x, Tensor target, int first, Tensor? bias, float softcap, Tensor? inverse_temperature, float inverse, "
-      "Tensor(a!) maximum, Tensor(b!) total, Tensor(c!)? weighted, Tensor(d!) target_score, Tensor(e!)? keep, Tensor(f!)? weights, "
-      "Tensor(g!)? weighted_out, Tensor(h!)? offset) -> ()");
+      "row_pass_stats(Tensor x, Tensor target, Tensor? inverse_temperature, float inverse, Tensor(a!) maximum, Tensor(b!) total, "
+      "Tensor(c!)? weighted, Tensor(d!) target_score) -> ()");
   m.def(
-      "row_pass_gradients(Tensor x, Tensor target, int first, Tensor? bias, float softcap, Tensor? inverse_temperature, float inverse, "
-      "Tensor maximum, Tensor log_total, Tensor base, Tensor? entropy, Tensor? target_gradient, Tensor? offset, Tensor(a!) dx) -> ()");
+      "row_pass_gradients(Tensor x, Tensor target, Tensor? inverse_temperature, float inverse, Tensor maximum, Tensor log_total, Tensor base, "
+      "Tensor? entropy, Tensor? target_gradient, Tensor(a!) dx) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(specs_kernels, CPU, m) {

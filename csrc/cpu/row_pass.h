@@ -1,5 +1,6 @@
-// Sweeps over the scores of one row, for linear_logprob and selective_logprob on CPU: what the driver (row_pass.cpp) and the kernels of each
-// instruction set agree on. A driver hands over pieces of a row that stay in the first-level cache between two sweeps.
+// Sweeps over the logits of one row, for selective_logprob on CPU: what the driver (row_pass.cpp) and the kernels of each instruction set
+// agree on. A driver hands over pieces of a row that stay in the first-level cache between two sweeps. linear_logprob shares the constants
+// and the conversions of half precision.
 
 #pragma once
 
@@ -19,14 +20,12 @@ struct ScoreSums {
   F weighted;  // t = sum exp(z - m) (z - m)
 };
 
-// The gradient of a row's products from y: dx = exp(d) (base - entropy d) slope, d = y + shift. y holds z or z - above.
+// The gradient of a row's logits from its scores: dx = exp(z - maximum) (base - entropy (z - maximum)).
 template <class F>
 struct RowGradient {
-  F shift;  // above - m
-  F above;
-  F base;        // times inverse_temperature / s, both
-  F entropy;     // 0 and has_entropy false where the entropy passes no gradient
-  F tanh_scale;  // tanh of the soft cap = z * tanh_scale, slope = 1 - tanh^2; 0 without a soft cap
+  F maximum;
+  F base;     // times inverse_temperature / s, both
+  F entropy;  // 0 and has_entropy false where the entropy passes no gradient
   bool has_entropy;
 };
 
@@ -34,15 +33,11 @@ template <class F>
 struct RowPassKernels {
   // Largest of count >= 1 numbers; a NaN may or may not be seen.
   F (*maximum)(const F* z, int64_t count);
-  // z = softcap(x + bias) * inverse, where bias may be null and cap 0 (none); z may be x. Returns their maximum.
-  F (*scores)(const F* x, const F* bias, F cap, F inverse, int64_t count, F* z);
+  // z = x inverse, which may be x. Returns their maximum.
+  F (*scores)(const F* x, F inverse, int64_t count, F* z);
   ScoreSums<F> (*sums)(const F* z, int64_t count, F maximum, bool weighted);
-  // The same, and exp(z - m) slope -> weights, that times (z - m) -> weighted (may be null). Outputs may be z.
-  ScoreSums<F> (*weights)(const F* z, int64_t count, F maximum, F tanh_scale, F* weights, F* weighted);
-  // out = z - reference; out may be z.
-  void (*subtract)(const F* z, int64_t count, F reference, F* out);
-  // dx may be y.
-  void (*gradient)(const F* y, int64_t count, const RowGradient<F>& row, F* dx);
+  // dx may be z.
+  void (*gradient)(const F* z, int64_t count, const RowGradient<F>& row, F* dx);
 };
 
 // Between fp32 and the bits of half-precision numbers, rounded to nearest even.

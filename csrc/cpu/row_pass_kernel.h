@@ -1,7 +1,7 @@
-// Sweeps over the scores of one row; see row_pass.h.
+// Sweeps over the logits of one row; see row_pass.h.
 //
-// A row's end shorter than a vector is taken from the last whole vector's worth of the row, whose first lanes are then counted (or
-// written, with the same values) twice or masked. It is read before anything is written, so every sweep works in place.
+// A row's end shorter than a vector is taken from the last whole vector's worth of the row, whose first lanes are then written twice
+// (with the same values) or masked. It is read before anything is written, so every sweep works in place.
 
 #pragma once
 
@@ -57,63 +57,45 @@ F maximum(const F* z, int64_t count) {
   return max_lane<F>(larger<F>(larger<F>(a, b), larger<F>(c, d)));
 }
 
-template <class F, bool CAP>
-SPECS_INLINE F scores_of(const F* x, const F* bias, F cap, F inverse, int64_t count, F* z) {
+template <class F>
+F scores(const F* x, F inverse, int64_t count, F* z) {
   constexpr int L = kLanes<F>;
-  const F lowest = -(F)__builtin_inff(), factor = CAP ? cap * inverse : inverse, scale = CAP ? 1 / cap : 1;
-  const auto score = [&](Vec<F> y, Vec<F> shift) __attribute__((always_inline)) {
-    if (bias) y += shift;
-    return CAP ? vtanh(y * scale) * factor : y * factor;
-  };
+  const F lowest = -(F)__builtin_inff();
   const int64_t rest = count % L, whole = count - rest;
-  Vec<F> end = splat<F>(lowest);
-  if (rest) end = score(load_end(x, count, rest, lowest), bias ? load_end(bias, count, rest, F(0)) : Vec<F>{});
-  Vec<F> top = splat<F>(lowest);
+  Vec<F> top = splat<F>(lowest), end = top;
+  if (rest) end = load_end(x, count, rest, lowest) * inverse;
   for (int64_t i = 0; i < whole; i += L) {
-    const Vec<F> v = score(load(x + i), bias ? load(bias + i) : Vec<F>{});
+    const Vec<F> v = load(x + i) * inverse;
     top = larger<F>(top, v);
     store(z + i, v);
   }
   if (rest) {
     store_end(z, count, rest, end);
-    // With a soft cap the fill of a row shorter than a vector became -cap: it must not count.
-    alignas(kVectorBytes) F lanes[L];
-    store(lanes, end);
-    if (count < L)
-      for (int64_t k = 0; k < L - rest; ++k) lanes[k] = lowest;
-    top = larger<F>(top, load(lanes));
+    top = larger<F>(top, end);
   }
   return max_lane<F>(top);
 }
 
-template <class F>
-F scores(const F* x, const F* bias, F cap, F inverse, int64_t count, F* z) {
-  return cap > 0 ? scores_of<F, true>(x, bias, cap, inverse, count, z) : scores_of<F, false>(x, bias, cap, inverse, count, z);
-}
-
-// Sums over z in one fixed order: vectors alternate between two accumulators. visit(first column, z, e, e d, rest) sees every vector,
-// with e = exp(d) and d = z - m; rest is 0 but for the row's end, which it sees last though it was read first.
-template <class F, bool WEIGHTED, class Visit>
-SPECS_INLINE ScoreSums<F> sum_and_visit(const F* z, int64_t count, F maximum, const Visit& visit) {
+// In one fixed order: vectors alternate between two accumulators, the row's end comes last.
+template <class F, bool WEIGHTED>
+SPECS_INLINE ScoreSums<F> sums_of(const F* z, int64_t count, F maximum) {
   constexpr int L = kLanes<F>;
   Vec<F> s[2] = {}, t[2] = {};
   const int64_t rest = count % L, whole = count - rest;
-  const Vec<F> end = rest ? load_end(z, count, rest, -(F)__builtin_inff()) : Vec<F>{};
-  const auto take = [&](int64_t column, Vec<F> v, Vec<F>& total, Vec<F>& weighted, int64_t part) __attribute__((always_inline)) {
-    const Vec<F> d = v - maximum, e = vexp_bounded(d), w = WEIGHTED ? rounded<F>(e * larger<F>(splat<F>(kFloor), d)) : Vec<F>{};
+  const auto take = [&](Vec<F> v, Vec<F>& total, Vec<F>& weighted) __attribute__((always_inline)) {
+    const Vec<F> d = v - maximum, e = vexp_bounded(d);
     total += e;
-    if (WEIGHTED) weighted += w;
-    visit(column, v, e, w, part);
+    if (WEIGHTED) weighted += rounded<F>(e * larger<F>(splat<F>(kFloor), d));
   };
   int64_t i = 0;
   for (; i + 2 * L <= whole; i += 2 * L) {
-    take(i, load(z + i), s[0], t[0], 0);
-    take(i + L, load(z + i + L), s[1], t[1], 0);
+    take(load(z + i), s[0], t[0]);
+    take(load(z + i + L), s[1], t[1]);
   }
-  if (i < whole) take(i, load(z + i), s[0], t[0], 0);
+  if (i < whole) take(load(z + i), s[0], t[0]);
   if (rest) {
     Vec<F> total{}, weighted{};
-    take(0, end, total, weighted, rest);
+    take(load_end(z, count, rest, -(F)__builtin_inff()), total, weighted);
     s[1] += only_end<F>(total, rest);
     t[1] += only_end<F>(weighted, rest);
   }
@@ -122,71 +104,30 @@ SPECS_INLINE ScoreSums<F> sum_and_visit(const F* z, int64_t count, F maximum, co
 
 template <class F>
 ScoreSums<F> sums(const F* z, int64_t count, F maximum, bool weighted) {
-  const auto nothing = [](int64_t, Vec<F>, Vec<F>, Vec<F>, int64_t) __attribute__((always_inline)) {};
-  return weighted ? sum_and_visit<F, true>(z, count, maximum, nothing) : sum_and_visit<F, false>(z, count, maximum, nothing);
+  return weighted ? sums_of<F, true>(z, count, maximum) : sums_of<F, false>(z, count, maximum);
 }
 
-template <class F, bool CAP>
-SPECS_INLINE ScoreSums<F> weights_of(const F* z, int64_t count, F maximum, F tanh_scale, F* out, F* weighted_out) {
-  return sum_and_visit<F, true>(z, count, maximum, [&](int64_t column, Vec<F> v, Vec<F> e, Vec<F> w, int64_t rest) __attribute__((always_inline)) {
-    if (CAP) {
-      const Vec<F> tanh = v * tanh_scale, slope = 1 - tanh * tanh;
-      e *= slope;
-      w *= slope;
-    }
-    if (rest) {
-      store_end(out, count, rest, e);
-      if (weighted_out) store_end(weighted_out, count, rest, w);
-    } else {
-      store(out + column, e);
-      if (weighted_out) store(weighted_out + column, w);
-    }
-  });
-}
-
-template <class F>
-ScoreSums<F> weights(const F* z, int64_t count, F maximum, F tanh_scale, F* out, F* weighted_out) {
-  return tanh_scale != 0 ? weights_of<F, true>(z, count, maximum, tanh_scale, out, weighted_out)
-                         : weights_of<F, false>(z, count, maximum, tanh_scale, out, weighted_out);
-}
-
-template <class F, class Map>
-SPECS_INLINE void map(const F* x, int64_t count, F* out, const Map& f) {
+template <class F, bool ENTROPY>
+SPECS_INLINE void gradient_of(const F* z, int64_t count, const RowGradient<F>& given, F* dx) {
   constexpr int L = kLanes<F>;
-  const int64_t rest = count % L, whole = count - rest;
-  Vec<F> end{};
-  if (rest) end = f(load_end(x, count, rest, F(0)));
-  for (int64_t i = 0; i < whole; i += L) store(out + i, (Vec<F>)f(load(x + i)));
-  if (rest) store_end(out, count, rest, end);
-}
-
-template <class F>
-void subtract(const F* z, int64_t count, F reference, F* out) {
-  map<F>(z, count, out, [&](Vec<F> v) __attribute__((always_inline)) { return v - reference; });
-}
-
-template <class F, bool ENTROPY, bool CAP>
-SPECS_INLINE void gradient_of(const F* y, int64_t count, const RowGradient<F>& given, F* dx) {
   const RowGradient<F> row = given;
-  map<F>(y, count, dx, [&](Vec<F> v) __attribute__((always_inline)) {
-    const Vec<F> d = v + row.shift;
+  const auto map = [&](Vec<F> v) __attribute__((always_inline)) {
+    const Vec<F> d = v - row.maximum;
     Vec<F> factor = splat<F>(row.base);
     if (ENTROPY) factor -= row.entropy * larger<F>(splat<F>(kFloor), d);
-    if (CAP) {
-      const Vec<F> tanh = (v + row.above) * row.tanh_scale;
-      factor *= 1 - tanh * tanh;
-    }
     return vexp_bounded(d) * factor;
-  });
+  };
+  const int64_t rest = count % L, whole = count - rest;
+  Vec<F> end{};
+  if (rest) end = map(load_end(z, count, rest, F(0)));
+  for (int64_t i = 0; i < whole; i += L) store(dx + i, (Vec<F>)map(load(z + i)));
+  if (rest) store_end(dx, count, rest, end);
 }
 
 template <class F>
-void gradient(const F* y, int64_t count, const RowGradient<F>& row, F* dx) {
-  if (row.tanh_scale != 0) {
-    if (row.has_entropy) gradient_of<F, true, true>(y, count, row, dx);
-    else gradient_of<F, false, true>(y, count, row, dx);
-  } else if (row.has_entropy) gradient_of<F, true, false>(y, count, row, dx);
-  else gradient_of<F, false, false>(y, count, row, dx);
+void gradient(const F* z, int64_t count, const RowGradient<F>& row, F* dx) {
+  if (row.has_entropy) gradient_of<F, true>(z, count, row, dx);
+  else gradient_of<F, false>(z, count, row, dx);
 }
 
 // Half precision, one number at a time: branch-free, so the compiler makes vectors of it.
@@ -231,9 +172,8 @@ inline void to_float16(const float* x, int64_t count, uint16_t* out) {
 extern const RowPassKernels<float> row_pass_kernels_float;
 extern const RowPassKernels<double> row_pass_kernels_double;
 extern const HalfKernels half_kernels;
-const RowPassKernels<float> row_pass_kernels_float = {maximum<float>, scores<float>, sums<float>, weights<float>, subtract<float>, gradient<float>};
-const RowPassKernels<double> row_pass_kernels_double = {
-    maximum<double>, scores<double>, sums<double>, weights<double>, subtract<double>, gradient<double>};
+const RowPassKernels<float> row_pass_kernels_float = {maximum<float>, scores<float>, sums<float>, gradient<float>};
+const RowPassKernels<double> row_pass_kernels_double = {maximum<double>, scores<double>, sums<double>, gradient<double>};
 const HalfKernels half_kernels = {from_bfloat16, to_bfloat16, from_float16, to_float16};
 
 }  // namespace SPECS_ISA

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from specs_kernels.dispatch import backends
 from specs_kernels.linear_logprob import linear_logprob
-from specs_kernels.linear_logprob.head import row_block
+from specs_kernels.linear_logprob.head import kept_dtype, row_block
 from specs_kernels.linear_loss import linear_loss
 from specs_kernels.results import TokenLogprobs
 from specs_kernels.selective_logprob import selective_logprob
@@ -86,7 +86,7 @@ class _Head:
         if backend == "reference":
             return {}
         if self.cached_rows:
-            held = self.cached_rows * self.vocab * dtype.itemsize
+            held = self.cached_rows * self.vocab * kept_dtype(dtype, self.softcap).itemsize
             return {"mode": "cache", "logit_cache_bytes": held, "compact": self.dead}
         return self.mode
 
@@ -221,7 +221,7 @@ def linear_loss_cases(generator: torch.Generator, device: torch.device) -> Itera
                 lora=(x["lora_A"], x["lora_B"]) if head.lora else None,
                 softcap=head.softcap,
                 return_entropy=True,
-                workspace_bytes=workspace_rows * head.vocab * x["hidden"].dtype.itemsize,
+                workspace_bytes=workspace_rows * head.vocab * kept_dtype(x["hidden"].dtype, head.softcap).itemsize,
                 backend=backend,
             )
             return {"loss": loss}

@@ -69,7 +69,7 @@ def test_without_the_library_auto_says_what_is_missing(monkeypatch: pytest.Monke
 
 @pytest.mark.skipif(not BUILT, reason=str(native.missing()))
 def test_the_instruction_set_has_a_name() -> None:
-    assert native.instruction_set() in ("portable", "avx2", "avx512")
+    assert native.instruction_set() in ("portable", "avx2", "avx512", "avx512_bf16")
 
 
 def test_public_names_exist_and_the_version_is_the_distributions() -> None:

@@ -16,7 +16,7 @@ from specs_kernels import PackedLayout, native, packed_attention
 from specs_kernels.packed_attention.native import forest_runs
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
-WIDEST = 2
+WIDEST = 3
 
 
 @pytest.fixture(params=["portable", "avx2", "avx512"])

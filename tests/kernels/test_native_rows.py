@@ -1,4 +1,4 @@
-"""The C++ row passes of linear_logprob and selective_logprob: every instruction set, ragged rows, hard values, threads."""
+"""selective_logprob in C++: every instruction set, ragged rows, hard values, strides, half precision."""
 
 from __future__ import annotations
 
@@ -11,17 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from specs_kernels import TokenLogprobs, linear_logprob, native, selective_logprob
-from specs_kernels.linear_logprob.native import NativeRowPass
-from specs_kernels.linear_logprob.row_pass import NO_TARGET, SKIP_ROW, RowGradients, RowState, Transform
+from specs_kernels import TokenLogprobs, native, selective_logprob
 from specs_kernels.selective_logprob import native as selective
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
-WIDEST = 2
-LOWEST = torch.finfo(torch.float32).min
-ROWS = NativeRowPass()
-PLAIN = Transform(None, None, 1.0, False)
+WIDEST = 3
 HALVES = [torch.bfloat16, torch.float16]
+NOWHERE = -1
+"""A target in none of the columns: the row has statistics and a gradient, but no column of its own."""
 
 
 @pytest.fixture(params=["portable", "avx2", "avx512"])
@@ -40,141 +37,48 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def empty_state(rows: int, dtype: torch.dtype, entropy: bool = True) -> RowState:
-    weighted = torch.full((rows,), torch.nan, dtype=dtype) if entropy else None
-    undefined = torch.full((2, rows), torch.nan, dtype=dtype)
-    return RowState(undefined[0], undefined[1], weighted, torch.zeros(rows, dtype=dtype))
+def gradient_of_lse(z: Tensor, upstream: Tensor, out: Tensor) -> Tensor:
+    """``upstream * exp(z)``: the gradient of rows whose maximum and sum are given as 0 and 1."""
+    nothing = torch.zeros(z.shape[0])
+    target = torch.full((z.shape[0],), NOWHERE)
+    given = selective.Statistics(nothing, nothing, None)
+    return selective.backward(z, target, 1.0, -100, given, None, None, upstream, out=out)
 
 
-def transforms(rows: int, columns: int, dtype: torch.dtype) -> dict[str, Transform]:
-    bias = normal(columns, seed=7, dtype=dtype)
-    forbidden = bias.clone()
-    forbidden[::3] = -torch.inf
-    temperature = torch.linspace(0.5, 2.0, rows, dtype=dtype)
-    return {
-        "plain": PLAIN,
-        "bias of -inf": Transform(forbidden, None, 1.0, True),
-        "temperature": Transform(None, None, 0.7, False),
-        "temperature per row, bias": Transform(bias, None, temperature, True),
-        "softcap": Transform(None, 2.0, 1.0, False),
-        "everything": Transform(bias, 1.5, temperature, True),
-    }
-
-
-def scores(x_RC: Tensor, transform: Transform) -> tuple[Tensor, Tensor]:
-    """z and the slope dz / dx of every column, by the definition in fp64."""
-    y = x_RC.double() + (0 if transform.bias_C is None else transform.bias_C.double())
-    inverse = transform.inverse_temperature
-    late = inverse.double()[:, None] if isinstance(inverse, Tensor) else inverse
-    if transform.softcap is None:
-        return y * late, torch.ones_like(y) * late
-    tanh = torch.tanh(y / transform.softcap)
-    return transform.softcap * tanh * late, (1 - tanh**2) * late
-
-
-def in_tiles(x_RC: Tensor, target: Tensor, transform: Transform, state: RowState, tile: int, **extra: Any) -> None:
-    for first in range(0, x_RC.shape[1], tile):
-        columns = slice(first, first + tile)
-        ROWS.stats(x_RC[:, columns], target, first, cut(transform, columns), state, **extra)
-
-
-def cut(transform: Transform, columns: slice) -> Transform:
-    bias = None if transform.bias_C is None else transform.bias_C[columns]
-    return Transform(bias, transform.softcap, transform.inverse_temperature, transform.maybe_minus_inf)
-
-
-OPTIONS = list(transforms(2, 2, torch.float64))
 WIDTHS = [1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 33, 63, 127, 129, 1000, 2049, 4200]
+TEMPERATURES = {"1": 1.0, "0.7": 0.7, "per row": torch.linspace(0.5, 2.0, 4, dtype=torch.float64)}
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-def test_statistics_and_gradients_of_every_width_in_fp64(instruction_set: str, option: str) -> None:
-    """Against the definition, in one tile and in several, with every upstream gradient."""
-    for columns in WIDTHS:
-        rows = 4
-        transform = transforms(rows, columns, torch.float64)[option]
-        x = 3 * normal(rows, columns, seed=columns)
-        target = torch.tensor([columns - 1, 0, NO_TARGET, columns // 2])
-        z, slope = scores(x, transform)
+@pytest.mark.parametrize("temperature", TEMPERATURES.values(), ids=TEMPERATURES)
+@pytest.mark.parametrize("forbidden", [False, True])
+def test_statistics_and_gradients_of_every_width_in_fp64(
+    instruction_set: str, temperature: float | Tensor, forbidden: bool
+) -> None:
+    """Against the definition, with every upstream gradient."""
+    late = temperature[:, None] if isinstance(temperature, Tensor) else temperature
+    for columns in WIDTHS[1:] if forbidden else WIDTHS:
+        x = 3 * normal(4, columns, seed=columns)
+        if forbidden:
+            x[:, ::3] = -torch.inf
+        target = torch.tensor([columns - 1, 0, NOWHERE, columns // 2])
+        z = x / late
         log_p = torch.log_softmax(z, dim=1)
-        for tile in {columns, max(1, columns // 3)}:
-            state = empty_state(rows, torch.float64)
-            before = x.clone()
-            in_tiles(x, target, transform, state, tile)
-            assert torch.equal(x, before)
-            if columns == 1 and option == "bias of -inf":
-                assert torch.equal(state.maximum, torch.full_like(state.maximum, torch.finfo(torch.float64).min))
-                assert torch.equal(state.total, torch.zeros(rows).double())
-                continue
-            assert state.weighted is not None
-            lse, mean = torch.logsumexp(z, 1), (log_p.exp() * torch.where(z == -torch.inf, 0, z)).sum(1)
-            torch.testing.assert_close(state.maximum + state.total.log(), lse, atol=1e-12, rtol=1e-12)
-            torch.testing.assert_close(state.maximum + state.weighted / state.total, mean, atol=1e-12, rtol=1e-12)
-            expected = torch.where(target >= 0, z.gather(1, target.clamp(min=0)[:, None]).squeeze(1), 0.0)
-            torch.testing.assert_close(state.target, expected, atol=1e-13, rtol=1e-13)
-            g, q, r = normal(3, rows, seed=1).unbind()
-            base = (r - g) + q * state.weighted / state.total
-            for entropy, on_target in ((q, g), (None, None)):
-                gradients = RowGradients(state.maximum, state.total.log(), base, entropy, on_target)
-                dx = torch.full_like(x, torch.nan)
-                for first in range(0, columns, tile):
-                    part = slice(first, first + tile)
-                    ROWS.dscores(x[:, part], target, first, cut(transform, part), gradients, dx[:, part])
-                shifted = torch.where(z == -torch.inf, 0.0, z - state.maximum[:, None])
-                dz = log_p.exp() * (base[:, None] - (0 if entropy is None else entropy[:, None] * shifted))
-                if on_target is not None:
-                    dz += torch.nn.functional.one_hot(target.clamp(min=0), columns) * (g * (target >= 0))[:, None]
-                torch.testing.assert_close(dx, dz * slope, atol=1e-12, rtol=1e-11)
-
-
-@pytest.mark.parametrize("option", OPTIONS)
-def test_unnormalised_weights_in_tiles(instruction_set: str, option: str) -> None:
-    """Weights of every tile are relative to the maximum so far and rescaled by what is returned; the target column is 0."""
-    for columns, tile in ((5, 5), (5, 2), (37, 16), (130, 130), (130, 50)):
-        rows = 3
-        transform = transforms(rows, columns, torch.float64)[option]
-        x = 3 * normal(rows, columns, seed=columns)
-        target = torch.tensor([columns - 1, 0, NO_TARGET])
-        z, slope = scores(x, transform)
-        inverse = transform.inverse_temperature
-        slope = slope / (inverse[:, None] if isinstance(inverse, Tensor) else inverse)
-        state, first_sum, second_sum = empty_state(rows, torch.float64), torch.zeros(rows, 2), torch.zeros(rows, 2)
-        first_sum, second_sum = first_sum.double(), second_sum.double()
-        value = normal(columns, 2, seed=9)
-        for first in range(0, columns, tile):
-            part = slice(first, first + tile)
-            scratch = x[:, part].clone()
-            second = torch.full_like(scratch, torch.nan)
-            change = ROWS.stats_exp(scratch, target, first, cut(transform, part), state, scratch, second)
-            if first:
-                second_sum = change.exp()[:, None] * (second_sum + change.clamp(min=-1e5)[:, None] * first_sum)
-                first_sum = change.exp()[:, None] * first_sum
-            first_sum, second_sum = first_sum + scratch @ value[part], second_sum + second @ value[part]
-        shifted = z - state.maximum[:, None]
-        weights = shifted.exp() * slope * (torch.nn.functional.one_hot(target.clamp(min=0), columns) == 0)
-        weights[2] = (shifted.exp() * slope)[2]
-        torch.testing.assert_close(first_sum, weights @ value, atol=1e-12, rtol=1e-12)
-        torch.testing.assert_close(second_sum, (weights * shifted.clamp(min=-1e5)) @ value, atol=1e-12, rtol=1e-11)
-        torch.testing.assert_close(state.maximum + state.total.log(), torch.logsumexp(z, 1), atol=1e-12, rtol=1e-12)
-
-
-@pytest.mark.parametrize("option", OPTIONS)
-def test_the_state_has_the_same_bits_whatever_is_written(instruction_set: str, option: str) -> None:
-    for columns in (3, 37, 130, 2048):
-        x = normal(4, columns, dtype=torch.float32)
-        target = torch.tensor([columns - 1, 0, NO_TARGET, 1])
-        states = [empty_state(4, torch.float32) for _ in range(4)]
-        for first in range(0, columns, 100):
-            part = slice(first, first + 100)
-            transform = cut(transforms(4, columns, torch.float32)[option], part)
-            tile, out = x[:, part], torch.empty(2, 4, len(range(columns)[part]))
-            ROWS.stats(tile, target, first, transform, states[0])
-            ROWS.stats(tile, target, first, transform, states[1], keep_RC=out[0].bfloat16())
-            ROWS.stats_exp(tile.clone(), target, first, transform, states[2], out[0], None)
-            ROWS.stats_exp(tile.clone(), target, first, transform, states[3], out[0], out[1])
-        for state in states[1:]:
-            for name in RowState.__slots__:
-                assert torch.equal(getattr(state, name), getattr(states[0], name))
+        before = x.clone()
+        logp, entropy, lse, statistics = selective.forward(x, target, temperature, -100, True)
+        assert torch.equal(x, before) and entropy is not None
+        mean = (log_p.exp() * torch.where(z == -torch.inf, 0, z)).sum(1)
+        torch.testing.assert_close(lse, torch.logsumexp(z, 1), atol=1e-12, rtol=1e-12)
+        torch.testing.assert_close(lse - entropy, mean, atol=1e-12, rtol=1e-12)
+        expected = torch.where(target >= 0, log_p.gather(1, target.clamp(min=0)[:, None]).squeeze(1), torch.nan)
+        torch.testing.assert_close(logp, expected, atol=1e-12, rtol=1e-12, equal_nan=True)
+        for g, q, r in (normal(3, 4, seed=1).unbind(), (None, None, normal(4, seed=1))):
+            dx = selective.backward(x, target, temperature, -100, statistics, g, q, r)
+            dz = log_p.exp() * ((r if g is None else r - g)[:, None])
+            if g is not None and q is not None:
+                around = torch.where(z == -torch.inf, 0.0, z - mean[:, None])
+                dz -= log_p.exp() * q[:, None] * around
+                dz += torch.nn.functional.one_hot(target.clamp(min=0), columns) * (g * (target >= 0))[:, None]
+            torch.testing.assert_close(dx, dz / late, atol=1e-12, rtol=1e-11)
 
 
 @pytest.mark.parametrize("sharpness", [1e-3, 1.0, 10.0, 100.0])
@@ -206,29 +110,20 @@ def test_fp32_error_is_within_twice_that_of_plain_pytorch(instruction_set: str, 
 def test_exp_over_its_whole_range(instruction_set: str) -> None:
     """The weight of a column 0, -0.01, ... -130 below the maximum, as the gradient of the log-sum-exp sees it."""
     below = torch.cat((torch.zeros(1), -torch.logspace(-8, 2.1, 20011, dtype=torch.float64).float()))[None]
-    state = empty_state(1, torch.float32)
-    target = torch.full((1,), NO_TARGET)
-    ROWS.stats(below, target, 0, PLAIN, state)
-    dx = torch.empty_like(below)
-    one, zero = torch.ones(1), torch.zeros(1)
-    ROWS.dscores(below, target, 0, PLAIN, RowGradients(zero, zero, one, None, None), dx)
     exact = below.double().exp()
-    error = (dx.double() - exact).abs()
-    assert bool((error <= 1.3e-7 * exact + 1.2e-38).all())
-    torch.testing.assert_close(state.total.double(), exact.sum(1), rtol=1e-6, atol=0.0)
+    dx = gradient_of_lse(below, torch.ones(1), torch.empty_like(below))
+    assert bool(((dx.double() - exact).abs() <= 1.3e-7 * exact + 1.2e-38).all())
+    lse = selective_logprob(below, torch.zeros(1, dtype=torch.int64), backend="native").lse
+    torch.testing.assert_close(lse.double(), exact.sum(1).log(), rtol=1e-6, atol=0.0)
 
 
-def test_a_row_of_minus_inf_keeps_a_finite_state_and_later_tiles_count(instruction_set: str) -> None:
-    x = torch.full((2, 40), -torch.inf)
-    x[:, 35] = torch.tensor([3.0, -1e30])
-    state = empty_state(2, torch.float32)
-    target = torch.tensor([35, 35])
-    ROWS.stats(x[:, :20], target, 0, Transform(None, None, 1.0, True), state)
-    assert torch.equal(state.maximum, torch.full((2,), LOWEST)) and torch.equal(state.total, torch.zeros(2))
-    assert state.weighted is not None and torch.equal(state.weighted, torch.zeros(2))
-    ROWS.stats(x[:, 20:], target, 20, Transform(None, None, 1.0, True), state)
-    assert torch.equal(state.maximum, x[:, 35]) and torch.equal(state.total, torch.ones(2))
-    assert torch.equal(state.weighted, torch.zeros(2)) and torch.equal(state.target, x[:, 35])
+def test_columns_count_after_a_whole_piece_of_minus_inf(instruction_set: str) -> None:
+    x = torch.full((3, 2100), -torch.inf)
+    x[:2, 2095] = torch.tensor([3.0, -1e30])
+    ours = selective_logprob(x, torch.tensor([2095, 2095, 7]), return_entropy=True, backend="native")
+    assert ours.entropy is not None
+    assert torch.equal(ours.lse, torch.tensor([3.0, -1e30, -torch.inf]))
+    assert torch.equal(ours.logp[:2], torch.zeros(2)) and torch.equal(ours.entropy[:2], torch.zeros(2))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -253,20 +148,12 @@ def test_a_row_of_nan_or_inf_stays_alone(instruction_set: str, bad: float) -> No
 def test_skipped_rows_are_not_read_and_rows_without_gradient_give_zero(instruction_set: str) -> None:
     x = normal(5, 70, dtype=torch.float32)
     x[1], x[3] = torch.nan, torch.inf
-    target = torch.tensor([3, SKIP_ROW, 69, SKIP_ROW, NO_TARGET])
-    for dtype in (torch.float32, *HALVES):
-        kept = torch.full((5, 70), torch.nan, dtype=dtype)
-        offset = ROWS.stats(x, target, 0, PLAIN, empty_state(5, torch.float32), keep_RC=kept)
-        if offset is not None:
-            assert torch.equal(kept[1::2], torch.zeros_like(kept[1::2])) and torch.equal(offset[1::2], torch.zeros(2))
-        weights, weighted = torch.full((2, 5, 70), torch.nan, dtype=dtype)
-        ROWS.stats_exp(x, target, 0, PLAIN, empty_state(5, torch.float32), weights, weighted)
-        for out in (weights, weighted):
-            assert torch.equal(out[1::2], torch.zeros_like(out[1::2])) and out.isfinite().all()
-    dx = torch.full_like(x, torch.nan)
-    zero = torch.zeros(5)
-    base = torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0])
-    ROWS.dscores(x, target, 0, PLAIN, RowGradients(zero, zero, base, None, torch.tensor([1.0, 1, 0, 1, 1])), dx)
+    target = torch.tensor([3, -100, 69, -100, 7])
+    x.requires_grad_()
+    ours = selective_logprob(x, target, return_entropy=True, backend="native")
+    for values in ours:
+        assert torch.equal(values[[1, 3]], torch.zeros(2)) and values.isfinite().all()
+    (dx,) = torch.autograd.grad(ours.logp, x, torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0]))
     assert torch.equal(dx[1:4], torch.zeros(3, 70)) and (dx[[0, 4]] != 0).all()
 
 
@@ -275,17 +162,12 @@ def test_every_half_precision_number_is_read_and_written_as_pytorch_does(
     instruction_set: str, dtype: torch.dtype
 ) -> None:
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-    finite = every[every.isfinite() & (every <= 0)]
     # Read: the gradient of half-precision scores equals that of the same numbers in fp32.
-    below = finite[finite > -80][None]
-    zero, one = torch.zeros(1), torch.ones(1)
-    target = torch.zeros(1, dtype=torch.int64)
-    outs = [torch.empty(1, below.shape[1]) for _ in range(2)]
-    for x, out in zip((below, below.float()), outs, strict=True):
-        ROWS.dscores(x, target, 0, PLAIN, RowGradients(zero, zero, one, one, one), out, offset_R=zero)
+    below = every[every.isfinite() & (every <= 0) & (every > -80)][None]
+    outs = [gradient_of_lse(x, torch.ones(1), torch.empty(below.shape)) for x in (below, below.float())]
     assert torch.equal(*outs)
     # Write: numbers between and on the ties of the format, its smallest, its overflow, and NaN.
-    exact = finite.float()
+    exact = every[every.isfinite()].float()
     some = torch.cat(
         (
             exact,
@@ -293,17 +175,12 @@ def test_every_half_precision_number_is_read_and_written_as_pytorch_does(
             exact * 1.0001,
             exact * 0.9999,
             -torch.logspace(-45, 38, 9001, dtype=torch.float64).float(),
-            torch.tensor([-65519.9, -65520.0, -1e9, -torch.inf]),
+            torch.tensor([-65519.9, 65520.0, -1e9, -torch.inf, torch.nan]),
         )
     )
-    some = some[~some.isnan()]
-    x = torch.cat((some, torch.zeros(1)))[None]
-    kept = torch.empty(x.shape, dtype=dtype)
-    offset = ROWS.stats(x, target, 0, PLAIN, empty_state(1, torch.float32), keep_RC=kept)
-    assert torch.equal(offset, zero)
-    assert torch.equal(kept.view(torch.int16), (x - 0.0).to(dtype).view(torch.int16))
-    ROWS.stats(torch.full((1, 3), torch.nan), target, 0, PLAIN, empty_state(1, torch.float32), keep_RC=kept[:, :3])
-    assert kept[:, :3].isnan().all()
+    some = some[some != 0]
+    written = gradient_of_lse(torch.zeros(some.shape[0], 1), some, torch.empty(some.shape[0], 1, dtype=dtype))
+    torch.testing.assert_close(written[:, 0], some.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES])
@@ -363,77 +240,6 @@ def test_offsets_beyond_32_bits() -> None:
     assert torch.equal(logits, expected)
 
 
-def run_head(rows: slice, threads: int, **options: Any) -> list[Tensor]:
-    hidden = normal(300, 48, dtype=torch.float32)[rows].requires_grad_()
-    weight = normal(2500, 48, seed=1, dtype=torch.float32).requires_grad_(not options.get("frozen"))
-    target = (torch.arange(300) * 7 % 2500)[rows]
-    options = {name: value for name, value in options.items() if name != "frozen"}
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        result = linear_logprob(hidden, weight, target, return_entropy=True, backend="native", **options)
-        assert result.entropy is not None
-        (result.logp + result.entropy * 0.3 - result.lse * 0.1).sum().backward()
-    finally:
-        torch.set_num_threads(before)
-    assert hidden.grad is not None
-    return [result.logp.detach(), result.entropy.detach(), result.lse.detach(), hidden.grad]
-
-
-MODES: dict[str, dict[str, Any]] = {
-    "recompute": {"mode": "recompute"},
-    "cache": {"mode": "cache", "logit_cache_bytes": 1 << 30},
-    "frozen": {"mode": "frozen", "frozen": True},
-    "softcap": {"mode": "recompute", "softcap": 4.0},
-}
-
-
-@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
-def test_results_do_not_depend_on_threads_or_on_other_rows(mode: dict[str, Any]) -> None:
-    everyone = run_head(slice(0, 300), 1, **mode)
-    for ours, again in zip(run_head(slice(0, 300), 2, **mode), everyone, strict=True):
-        assert torch.equal(ours, again)
-    for rows in (slice(7, 8), slice(120, 137)):
-        for alone, together in zip(run_head(rows, 2, **mode)[:3], everyone[:3], strict=True):
-            assert torch.equal(alone, together[rows])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
-def test_the_whole_op_against_the_reference(instruction_set: str, mode: dict[str, Any], dtype: torch.dtype) -> None:
-    """Error against fp64 from the same inputs at most that of the chunked backend's, with every option."""
-    hidden, weight, bias = normal(40, 24, dtype=dtype), normal(1500, 24, seed=1, dtype=dtype), normal(1500, dtype=dtype)
-    target = torch.arange(40) * 37
-    target[::9] = -100
-    temperature = torch.linspace(0.5, 2, 40)
-    options = {name: value for name, value in mode.items() if name != "frozen"}
-
-    def everything(dtype: torch.dtype, backend: str, **extra: Any) -> list[Tensor]:
-        leaves = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight, bias)]
-        if mode.get("frozen"):
-            leaves[1], leaves[2] = leaves[1].detach(), leaves[2].detach()
-        result = linear_logprob(
-            leaves[0],
-            leaves[1],
-            target,
-            bias=leaves[2],
-            temperature=temperature,
-            softcap=mode.get("softcap"),
-            return_entropy=True,
-            backend=backend,
-            **extra,
-        )
-        assert result.entropy is not None
-        total = (result.logp + result.entropy * 0.5 - result.lse * 0.25).sum()
-        return [*(v.detach() for v in result), *torch.autograd.grad(total, [x for x in leaves if x.requires_grad])]
-
-    extra = {name: value for name, value in options.items() if name != "softcap"}
-    exact = everything(torch.float64, "reference")
-    torchs = everything(dtype, "chunked", **extra)
-    for mine, theirs, truth in zip(everything(dtype, "native", **extra), torchs, exact, strict=True):
-        assert (mine - truth).norm() <= 1.5 * (theirs - truth).norm() + 1e-6 * truth.norm()
-
-
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.integers(0, 40),
@@ -478,9 +284,6 @@ def test_the_library_refuses_what_would_read_out_of_bounds() -> None:
     good: dict[str, Any] = {
         "x": x,
         "target": target,
-        "first": 0,
-        "bias": None,
-        "softcap": 0.0,
         "inverse_temperature": None,
         "inverse": 1.0,
         "maximum": vector,
@@ -488,7 +291,6 @@ def test_the_library_refuses_what_would_read_out_of_bounds() -> None:
         "base": vector,
         "entropy": None,
         "target_gradient": None,
-        "offset": None,
         "dx": x.clone(),
     }
     torch.ops.specs_kernels.row_pass_gradients(**good)
@@ -497,13 +299,10 @@ def test_the_library_refuses_what_would_read_out_of_bounds() -> None:
         {"x": torch.zeros(3)},
         {"target": target.int()},
         {"target": target[:2]},
-        {"bias": torch.zeros(5)},
-        {"bias": torch.zeros(8)[::2]},
         {"base": torch.zeros(2)},
-        {"offset": vector.double()},
+        {"inverse_temperature": vector.double()},
         {"dx": torch.zeros(4, 3)},
         {"dx": torch.zeros(3, 4, dtype=torch.int32)},
-        {"softcap": -1.0},
     ):
         with pytest.raises(RuntimeError, match="native row pass"):
             torch.ops.specs_kernels.row_pass_gradients(**(good | change))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from specs_kernels.linear_logprob import native
 from specs_kernels.linear_logprob.chunked import TorchRowPass
 from specs_kernels.linear_logprob.head import Tiling
-from specs_kernels.linear_logprob.native import NativeRowPass
+from specs_kernels.linear_logprob.native import NativeLinear
 from specs_kernels.linear_logprob.row_pass import RowPass
 
 
@@ -14,7 +14,7 @@ def row_pass(backend: str) -> RowPass:
     if backend == "chunked":
         return TorchRowPass()
     if backend == "native":
-        return NativeRowPass()
+        return NativeLinear()
     if backend == "triton":
         from specs_kernels.linear_logprob.triton import TritonRowPass
 
@@ -28,5 +28,5 @@ def offset_tiles(backend: str, vocab_size: int, tiles: Tiling) -> int:
 
 
 def keeps_products(backend: str, same_dtype: bool) -> bool:
-    """Whether a backend's ``stats`` leaves products in a cache of the arithmetic dtype, rather than shifted scores."""
+    """Whether a backend leaves products in a cache of the arithmetic dtype, rather than shifted scores."""
     return same_dtype and backend != "chunked"

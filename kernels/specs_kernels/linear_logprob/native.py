@@ -1,10 +1,13 @@
-"""The row passes of ``linear_logprob`` in C++ on CPU (``csrc/cpu/row_pass*``): one sweep over a tile between two GEMMs.
+"""``linear_logprob`` in C++ on CPU (``csrc/cpu/linear_logprob*``): its own GEMMs, fused with all that happens to the scores.
 
-Each row of a tile is read from the shared cache once, in pieces that stay in the core's own: maximum, then exponentials and sums;
-the gradient takes one read and one write. Rows are shared among PyTorch's threads. Deterministic, whatever the number of threads,
-and a row's result depends on its own values only. No workspace beyond one row per thread.
+A block of columns of the weight is fetched once for a group of rows; its products with a panel of rows become scores, and
+these statistics, weights or gradients, in the first-level cache of one core. Scores reach memory only where a cache is asked
+for. Half precision is widened to fp32, or multiplied as pairs of bfloat16 with fp32 sums where inputs are bfloat16 and the
+processor can. Deterministic, whatever the number of threads; a row's log-prob, entropy and log-sum-exp depend on its own
+values only and have the same bits in every mode. Workspace: at most 64 MiB at a time, 256 MiB where a gradient in half precision
+is summed over all rows, beside the copies of a small vocabulary's gradient that threads add to.
 
-``row_pass.py`` says what every pass computes. Letters: R rows and C columns of one tile.
+``row_pass.py`` says what the results are. Letters: M targets, K rank of the low-rank addition.
 """
 
 from __future__ import annotations
@@ -14,23 +17,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from specs_kernels.linear_logprob.row_pass import RowGradients, RowState, Transform
+from specs_kernels.linear_logprob.row_pass import NothingSwept, RowGradients, RowState
 
 if TYPE_CHECKING:
     from specs_kernels.linear_logprob.backward import Gradients
     from specs_kernels.linear_logprob.forward import Cache
     from specs_kernels.linear_logprob.head import Head, Rows
-
-_TransformArguments = tuple[Tensor | None, float, Tensor | None, float]
-
-
-def _arguments(transform: Transform) -> _TransformArguments:
-    """bias, softcap (0: none), inverse temperatures, inverse temperature."""
-    inverse = transform.inverse_temperature
-    softcap = 0.0 if transform.softcap is None else transform.softcap
-    if isinstance(inverse, Tensor):
-        return transform.bias_C, softcap, inverse, 1.0
-    return transform.bias_C, softcap, None, inverse
 
 
 def _dense(x: Tensor | None) -> Tensor | None:
@@ -64,10 +56,11 @@ def offset_tiles(vocab_size: int) -> int:
     return -(-vocab_size // int(torch.ops.specs_kernels.linear_block()))
 
 
-class NativeRowPass:
+class NativeLinear(NothingSwept):
     """:class:`~specs_kernels.linear_logprob.row_pass.RowPass` in C++; nothing is overwritten but the outputs.
 
-    Half precision goes with fp32 statistics only: a ``keep_RC`` of fp64 products must be fp64 too.
+    It keeps scores as ``[panel of rows][V][rows of a panel]``: products where the cache has the arithmetic dtype, otherwise
+    scores minus their maximum per row and block of columns, with those offsets ``[blocks, rows]``.
     """
 
     def statistics(self, rows: Rows, head: Head, target_M: Tensor, state: RowState, cache: Cache | None) -> bool:
@@ -116,8 +109,8 @@ class NativeRowPass:
         cache_rows: Tensor | None,
     ) -> bool:
         cached = 0 if cache is None else (cache.rows if cache_rows is None else cache_rows.shape[0])
-        targets = (into.weight, into.lora_B, into.bias)
-        weight, lora_B, bias = (None if x is None else x if x.is_contiguous() else x.contiguous() for x in targets)
+        outputs = (into.weight, into.lora_B, into.bias)
+        weight, lora_B, bias = (_dense(x) for x in outputs)
         torch.ops.specs_kernels.linear_backward(
             *_operands(rows, head, target_M),
             _dense(gradients_M.maximum),
@@ -137,92 +130,7 @@ class NativeRowPass:
             head.early,
             into.accumulate,
         )
-        for own, made in zip(targets, (weight, lora_B, bias), strict=True):
+        for own, made in zip(outputs, (weight, lora_B, bias), strict=True):
             if own is not None and made is not None and made is not own:
                 own.copy_(made)
         return True
-
-    def _stats(
-        self,
-        x_RC: Tensor,
-        target_R: Tensor,
-        first: int,
-        transform: Transform,
-        state: RowState,
-        keep_RC: Tensor | None = None,
-        exp_RC: Tensor | None = None,
-        weighted_RC: Tensor | None = None,
-    ) -> Tensor | None:
-        offset_R = None if keep_RC is None and exp_RC is None else torch.empty_like(state.maximum)
-        torch.ops.specs_kernels.row_pass_stats(
-            x_RC,
-            target_R,
-            first,
-            *_arguments(transform),
-            state.maximum,
-            state.total,
-            state.weighted,
-            state.target,
-            keep_RC,
-            exp_RC,
-            weighted_RC,
-            offset_R,
-        )
-        return offset_R
-
-    def stats(
-        self,
-        x_RC: Tensor,
-        target_R: Tensor,
-        first: int,
-        transform: Transform,
-        state: RowState,
-        *,
-        keep_RC: Tensor | None = None,
-        scratch: bool = True,
-    ) -> Tensor | None:
-        if keep_RC is None or keep_RC.dtype == x_RC.dtype:
-            if keep_RC is not None and keep_RC.data_ptr() != x_RC.data_ptr():
-                keep_RC.copy_(x_RC)
-            return self._stats(x_RC, target_R, first, transform, state)
-        return self._stats(x_RC, target_R, first, transform, state, keep_RC)
-
-    def stats_exp(
-        self,
-        x_RC: Tensor,
-        target_R: Tensor,
-        first: int,
-        transform: Transform,
-        state: RowState,
-        exp_RC: Tensor,
-        weighted_RC: Tensor | None,
-    ) -> Tensor:
-        change_R = self._stats(x_RC, target_R, first, transform, state, None, exp_RC, weighted_RC)
-        assert change_R is not None
-        return change_R
-
-    def dscores(
-        self,
-        x_RC: Tensor,
-        target_R: Tensor,
-        first: int,
-        transform: Transform,
-        gradients: RowGradients,
-        dx_RC: Tensor,
-        *,
-        offset_R: Tensor | None = None,
-        scratch: bool = True,
-    ) -> None:
-        torch.ops.specs_kernels.row_pass_gradients(
-            x_RC,
-            target_R,
-            first,
-            *_arguments(transform),
-            gradients.maximum,
-            gradients.log_total,
-            gradients.base,
-            gradients.entropy,
-            gradients.target,
-            offset_R,
-            dx_RC,
-        )

@@ -2,8 +2,8 @@
 
 The loops (``forward.py``, ``backward.py``) form tiles of products ``x = factor * hidden @ weight.T`` with the GEMM library and
 hand each tile to a :class:`RowPass`: one sweep over the tile that updates the softmax statistics of its rows, or turns it into
-the gradient of the products. A backend (plain PyTorch in ``chunked.py``, ``triton.py``, ``native.py``) replaces only these
-sweeps, and the whole forward where it has a fused kernel. ``selective_logprob`` has its own sweeps.
+the gradient of the products. A backend replaces these sweeps (plain PyTorch in ``chunked.py``), loops and GEMMs as well where
+it has fused kernels (``native.py``), or some of both (``triton.py``). ``selective_logprob`` has its own sweeps.
 
 A row with products x_j has the scores::
 
@@ -211,3 +211,49 @@ class NothingFused:
         cache_rows: Tensor | None,
     ) -> bool:
         return False
+
+
+class NothingSwept:
+    """For a backend that is fused throughout: the loops never reach its sweeps."""
+
+    def stats(
+        self,
+        x_RC: Tensor,
+        target_R: Tensor,
+        first: int,
+        transform: Transform,
+        state: RowState,
+        *,
+        keep_RC: Tensor | None = None,
+        scratch: bool = True,
+    ) -> Tensor | None:
+        raise NotImplementedError(_FUSED)
+
+    def stats_exp(
+        self,
+        x_RC: Tensor,
+        target_R: Tensor,
+        first: int,
+        transform: Transform,
+        state: RowState,
+        exp_RC: Tensor,
+        weighted_RC: Tensor | None,
+    ) -> Tensor:
+        raise NotImplementedError(_FUSED)
+
+    def dscores(
+        self,
+        x_RC: Tensor,
+        target_R: Tensor,
+        first: int,
+        transform: Transform,
+        gradients: RowGradients,
+        dx_RC: Tensor,
+        *,
+        offset_R: Tensor | None = None,
+        scratch: bool = True,
+    ) -> None:
+        raise NotImplementedError(_FUSED)
+
+
+_FUSED = "this backend is fused throughout: it has no sweeps"

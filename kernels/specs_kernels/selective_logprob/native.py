@@ -1,4 +1,4 @@
-"""``selective_logprob`` in C++ on CPU, on the sweeps of ``linear_logprob`` (``csrc/cpu/row_pass*``).
+"""``selective_logprob`` in C++ on CPU (``csrc/cpu/row_pass*``).
 
 The forward reads the logits once, the backward reads them once and writes the gradient once, which may be the logits
 themselves; nothing else of size ``[N, V]`` is allocated. Any strides. Deterministic; a row's result depends on its own
@@ -54,19 +54,12 @@ def forward(
     torch.ops.specs_kernels.row_pass_stats(
         logits,
         column,
-        0,
-        None,
-        0.0,
         inverse_N,
         inverse,
         maximum,
         total,
         weighted if return_entropy else None,
         score,
-        None,
-        None,
-        None,
-        None,
     )
     log_total = total.log()
     mean = weighted / total if return_entropy else None
@@ -108,9 +101,6 @@ def backward(
     torch.ops.specs_kernels.row_pass_gradients(
         logits,
         _columns(target, ignore_index),
-        0,
-        None,
-        0.0,
         inverse_N,
         inverse,
         statistics.maximum,
@@ -118,7 +108,6 @@ def backward(
         base,
         grad_entropy,
         grad_logp,
-        None,
         grad_logits,
     )
     return grad_logits
