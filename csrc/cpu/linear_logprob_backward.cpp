@@ -18,7 +18,7 @@ constexpr int64_t kTasks = 32;              // wanted
 constexpr int64_t kGroupRows = 512;         // rows of the dx that exist at a time
 constexpr int64_t kRoomBytes = 64 << 20;    // for packed rows and sums of hidden's gradient; more rows go in chunks
 constexpr int64_t kSmallRoomBytes = 8 << 20;  // the same where a chunk is shared out by rows: it stays in the shared cache
-constexpr int64_t kWholeRoomBytes = 256 << 20;  // the same where all rows must go at once
+constexpr int64_t kWholeRoomBytes = 256 << 20;  // the same where all rows go at once; for copies of the weight's gradient
 
 // Upstream of a row's products: row_pass.py.
 template <class F>
@@ -56,7 +56,7 @@ class Backward {
 
   void run() {
     int64_t chunk = plan();
-    for (auto& into : into_weights_) into.share(shares_);
+    for (auto& into : into_weights_) into.share(shares_, chunk < rows_);
     const int64_t panels = divide_up(std::min(chunk, rows_), P_), lanes = panels * P_;
     int64_t slab_numbers = 0;
     for (size_t i = 0; i < factors_.size(); ++i)
@@ -82,18 +82,20 @@ class Backward {
     const int64_t all = divide_up(rows_, P_), wide = static_cast<int64_t>(sizeof(F)) * (terms_ + 2 * P_);
     bool whole = false;
     for (const auto& into : into_weights_) whole |= into.whole();
-    const int64_t by_rows = std::min(kTasks, all);
-    if (wants_weights_ && (segments_.count < kTasks || !wants_rows_) && by_rows * V_ < segments_.count * rows_) {
+    const int64_t by_rows = std::min(kTasks, all), copy = V_ * terms_ * static_cast<int64_t>(sizeof(F));
+    if (wants_weights_ && (segments_.count < kTasks || !wants_rows_) && by_rows * V_ < segments_.count * rows_ && by_rows * copy <= kWholeRoomBytes) {
       segments_ = Segments(V_, 1);
       shares_ = by_rows;
     } else if (segments_.count < kTasks / 2) {
       shares_ = std::min(divide_up(kTasks, segments_.count), all);
-      if (wants_weights_ && shares_ * V_ * terms_ * static_cast<int64_t>(sizeof(F)) > kRoomBytes) shares_ = 1;
+      if (wants_weights_ && shares_ * copy > kRoomBytes) shares_ = 1;
     }
-    if (whole && shares_ == 1) {
-      const int64_t most = kWholeRoomBytes / std::max<int64_t>(1, rows_ * wide);
-      if (segments_.count > most) segments_ = Segments(V_, std::max<int64_t>(4, most));
-      return rows_;
+    if (whole && shares_ == 1) {  // all rows at once, with fewer segments; in chunks where a copy of the gradient in F takes less
+      const int64_t most = std::max<int64_t>(4, kWholeRoomBytes / (rows_ * wide));
+      if (most > 4 || rows_ * wide * (2 + most) <= copy) {
+        if (segments_.count > most) segments_ = Segments(V_, most);
+        return rows_;
+      }
     }
     const int64_t per_row = wide * (1 + (wants_rows_ ? segments_.count : 0) + (wants_weights_ ? 1 : 0));
     return std::max<int64_t>(std::max<int64_t>(128, shares_ * P_), (segments_.count > 1 ? kRoomBytes : kSmallRoomBytes) / per_row / P_ * P_);

@@ -90,26 +90,33 @@ struct Columns {
   int64_t first, count;
 };
 
+#if defined(__clang__)
+#define SPECS_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SPECS_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Index{__VA_ARGS__})
+#endif
+
 // out[j * out_stride + i] = x[i * stride + j] for 4 x 4 numbers.
 template <class F>
 inline void transpose_4x4(const F* x, int64_t stride, F* out, int64_t out_stride) {
   if constexpr (sizeof(F) == 4) {
     typedef float Four __attribute__((vector_size(16)));
     typedef float Unaligned __attribute__((vector_size(16), aligned(4), may_alias));
-    typedef int32_t Index __attribute__((vector_size(16)));
+    [[maybe_unused]] typedef int32_t Index __attribute__((vector_size(16)));
     Four r[4];
     for (int i = 0; i < 4; ++i) r[i] = *reinterpret_cast<const Unaligned*>(x + i * stride);
-    const Four a = __builtin_shuffle(r[0], r[1], Index{0, 4, 1, 5}), b = __builtin_shuffle(r[0], r[1], Index{2, 6, 3, 7});
-    const Four c = __builtin_shuffle(r[2], r[3], Index{0, 4, 1, 5}), d = __builtin_shuffle(r[2], r[3], Index{2, 6, 3, 7});
+    const Four a = SPECS_SHUFFLE(r[0], r[1], 0, 4, 1, 5), b = SPECS_SHUFFLE(r[0], r[1], 2, 6, 3, 7);
+    const Four c = SPECS_SHUFFLE(r[2], r[3], 0, 4, 1, 5), d = SPECS_SHUFFLE(r[2], r[3], 2, 6, 3, 7);
     const Four t[4] = {
-        __builtin_shuffle(a, c, Index{0, 1, 4, 5}), __builtin_shuffle(a, c, Index{2, 3, 6, 7}), __builtin_shuffle(b, d, Index{0, 1, 4, 5}),
-        __builtin_shuffle(b, d, Index{2, 3, 6, 7})};
+        SPECS_SHUFFLE(a, c, 0, 1, 4, 5), SPECS_SHUFFLE(a, c, 2, 3, 6, 7), SPECS_SHUFFLE(b, d, 0, 1, 4, 5),
+        SPECS_SHUFFLE(b, d, 2, 3, 6, 7)};
     for (int j = 0; j < 4; ++j) *reinterpret_cast<Unaligned*>(out + j * out_stride) = t[j];
   } else {
     for (int j = 0; j < 4; ++j)
       for (int i = 0; i < 4; ++i) out[j * out_stride + i] = x[i * stride + j];
   }
 }
+#undef SPECS_SHUFFLE
 
 // out[j * out_stride + i] = x[i * stride + j] for i < rows, j < columns.
 template <class F>
