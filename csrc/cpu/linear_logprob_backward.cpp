@@ -19,7 +19,7 @@ constexpr int64_t kScoresPerTask = 1 << 22;  // scores of one term: some 0.1 ms
 constexpr int64_t kGroupRows = 512;         // rows of the dx that exist at a time
 constexpr int64_t kRoomBytes = 64 << 20;    // for packed rows and sums of hidden's gradient; more rows go in chunks
 constexpr int64_t kSmallRoomBytes = 8 << 20;  // the same where a chunk is shared out by rows: it stays in the shared cache
-constexpr int64_t kWholeRoomBytes = 256 << 20;  // the same where all rows must go at once
+constexpr int64_t kWholeRoomBytes = 256 << 20;  // the same where all rows go at once; for copies of the weight's gradient
 
 // Upstream of a row's products: row_pass.py.
 template <class F>
@@ -57,7 +57,7 @@ class Backward {
 
   void run() {
     int64_t chunk = plan();
-    for (auto& into : into_weights_) into.share(like_, shares_);
+    for (auto& into : into_weights_) into.share(like_, shares_, chunk < rows_);
     const int64_t panels = divide_up(std::min(chunk, rows_), P_), lanes = panels * P_;
     int64_t slab_numbers = 0;
     for (size_t i = 0; i < factors_.size(); ++i)
@@ -84,20 +84,25 @@ class Backward {
     const int64_t tasks = std::clamp<int64_t>(rows_ * V_ * terms_ / kScoresPerTask, 1, kTasks);
     bool whole = false;
     for (const auto& into : into_weights_) whole |= into.whole();
+    const int64_t copy = V_ * terms_ * static_cast<int64_t>(sizeof(F));
+    segments_ = Segments(V_, tasks, 1);
     int64_t least = -1;
     for (int64_t wanted = std::min(tasks, segments_.blocks); wanted >= 1; --wanted) {
       const Segments cut(V_, wanted, 1);
       const int64_t shares = std::min(divide_up(tasks, cut.count), panels);
-      const int64_t room = (wants_rows_ ? cut.count * rows_ : 0) + (wants_weights_ && shares > 1 ? shares * V_ : 0);
-      if (least >= 0 && room >= least) continue;
+      const bool copies = wants_weights_ && shares > 1;
+      const int64_t room = (wants_rows_ ? cut.count * rows_ : 0) + (copies ? shares * V_ : 0);
+      if ((least >= 0 && room >= least) || (copies && shares * copy > kWholeRoomBytes)) continue;
       least = room;
       segments_ = cut;
       shares_ = shares;
     }
-    if (whole && shares_ == 1) {
-      const int64_t most = kWholeRoomBytes / std::max<int64_t>(1, rows_ * wide);
-      if (segments_.count > most) segments_ = Segments(V_, std::max<int64_t>(4, most), 1);
-      return rows_;
+    if (whole && shares_ == 1) {  // all rows at once, with fewer segments; in chunks where a copy of the gradient in F takes less
+      const int64_t most = std::max<int64_t>(4, kWholeRoomBytes / (rows_ * wide));
+      if (most > 4 || rows_ * wide * (2 + most) <= copy) {
+        if (segments_.count > most) segments_ = Segments(V_, most, 1);
+        return rows_;
+      }
     }
     const int64_t per_row = wide * (1 + (wants_rows_ ? segments_.count : 0) + (wants_weights_ ? 1 : 0));
     return std::max<int64_t>(std::max<int64_t>(128, shares_ * P_), (segments_.count > 1 ? kRoomBytes : kSmallRoomBytes) / per_row / P_ * P_);
@@ -315,9 +320,9 @@ void linear_backward(
     using F = decltype(zero);
     const int64_t P = linear_kernels<F>().lanes;
     std::vector<Factors<F>> factors;
-    factors.emplace_back(hidden, weight, "weight");
+    factors.emplace_back(hidden, weight, "weight", true);
     STD_TORCH_CHECK(low.has_value() == lora.has_value(), "native linear_logprob: low and lora go together");
-    if (low) factors.emplace_back(*low, *lora, "lora_B");
+    if (low) factors.emplace_back(*low, *lora, "lora_B", false);
     for (const auto& f : factors) STD_TORCH_CHECK(f.V == V, "native linear_logprob: lora_B must have a row per column");
     STD_TORCH_CHECK(hidden.size(0) == M && (!low || low->size(0) == M), "native linear_logprob: rows and targets differ in number");
     check_vector(target, M, ScalarType::Long, "target");

@@ -37,14 +37,15 @@ struct Tile {
 template <class F>
 class Factors {
  public:
-  Factors(const Tensor& rows, const Tensor& w, const char* name)
+  // exact: rows hold numbers of the weight's dtype, widened.
+  Factors(const Tensor& rows, const Tensor& w, const char* name, bool exact)
       : V(w.size(0)), K(w.size(1)), x_(read<F>(rows)), x_stride_(rows.stride(0)), data_(static_cast<const char*>(w.const_data_ptr())), row_(w.stride(0)),
         dtype_(w.scalar_type()), lanes_(linear_kernels<F>().lanes), kernel_(&linear_kernels<F>()) {
     STD_TORCH_CHECK(rows.scalar_type() == kDtype<F>, "native linear_logprob: rows must have the dtype of the statistics");
     check_matrix(rows, rows.size(0), K, "rows");
     check_float<F>(w, name);
     check_matrix(w, V, K, name);
-    if (dtype_ == ScalarType::BFloat16 && K % 2 == 0 && row_ % 2 == 0 && K > 0) pairs_ = bfloat16_gemms();
+    if (exact && dtype_ == ScalarType::BFloat16 && K % 2 == 0 && row_ % 2 == 0 && K > 0) pairs_ = bfloat16_gemms();
     // So many rows of some widths fall on one set of the cache that a micro-kernel would evict what it reads next: these are copied.
     direct_ = (dtype_ == kDtype<F> || pairs_) && row_ * bytes_of(dtype_) % 2048 != 0;
     const int64_t terms = packed();

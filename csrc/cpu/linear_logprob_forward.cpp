@@ -213,9 +213,9 @@ void linear_forward(
     using F = decltype(zero);
     const int64_t P = linear_kernels<F>().lanes;
     std::vector<Factors<F>> factors;
-    factors.emplace_back(hidden, weight, "weight");
+    factors.emplace_back(hidden, weight, "weight", true);
     STD_TORCH_CHECK(low.has_value() == lora.has_value(), "native linear_logprob: low and lora go together");
-    if (low) factors.emplace_back(*low, *lora, "lora_B");
+    if (low) factors.emplace_back(*low, *lora, "lora_B", false);
     for (const auto& f : factors) STD_TORCH_CHECK(f.V == V, "native linear_logprob: lora_B must have a row per column");
     STD_TORCH_CHECK(hidden.size(0) == M && (!low || low->size(0) == M), "native linear_logprob: rows and targets differ in number");
     check_vector(target, M, ScalarType::Long, "target");

@@ -27,8 +27,9 @@ class WeightGradient {
   int64_t padded() const { return padded_; }
   int64_t room(int64_t shares) const { return data_ && (shares > 1 || !direct_) ? kBlockColumns * padded_ : 0; }
 
-  void share(const Tensor& like, int64_t shares) {
-    if (data_ && shares > 1) copies_.emplace(like, shares * V_ * padded_);
+  // Makes room for sums that are rounded at the end: one for every share of the rows, or for all where chunks of rows follow each other.
+  void share(const Tensor& like, int64_t shares, bool chunks) {
+    if (data_ && (shares > 1 || (whole() && chunks))) copies_.emplace(like, shares * V_ * padded_);
   }
 
   // Where a block's products go, with the stride of its rows, and whether they join what is there.

@@ -131,6 +131,7 @@ inline void transpose_4x4(const F* x, int64_t stride, F* out, int64_t out_stride
       for (int i = 0; i < 4; ++i) out[j * out_stride + i] = x[i * stride + j];
   }
 }
+#undef SPECS_SHUFFLE
 
 // out[j * out_stride + i] = x[i * stride + j] for i < rows, j < columns.
 template <class F>

@@ -69,10 +69,8 @@ class Statistics:
         if grad_entropy is not None:
             assert self.mean is not None
             grad_entropy = grad_entropy.to(base.dtype)
-            mean = torch.where(
-                grad_entropy == 0, 0.0, self.mean
-            )  # a row of NaN that passes no gradient keeps a base of 0
-            base = torch.addcmul(base, grad_entropy, mean)
+            # The mean of a row of NaN that passes no gradient must not reach its base.
+            base = torch.addcmul(base, grad_entropy, torch.where(grad_entropy == 0, 0.0, self.mean))
         return RowGradients(self.state.maximum, self.log_total, base, grad_entropy, grad_logp)
 
 

@@ -4,8 +4,11 @@ A block of columns of the weight is fetched once for a group of rows; its produc
 these statistics, weights or gradients, in the first-level cache of one core. Scores reach memory only where a cache is asked
 for. Half precision is widened to fp32, or multiplied as pairs of bfloat16 with fp32 sums where inputs are bfloat16 and the
 processor can. Deterministic, whatever the number of threads; a row's log-prob, entropy and log-sum-exp depend on its own
-values only and have the same bits in every mode. Workspace: at most 64 MiB at a time, 256 MiB where a gradient in half precision
-is summed over all rows, beside the copies of a small vocabulary's gradient that threads add to.
+values only and have the same bits in every mode.
+
+Workspace: rows go in chunks of at most 64 MiB; threads that share out the rows of a small vocabulary add to copies of its
+gradient, 256 MiB together; a weight's gradient in half precision, rounded once, takes all rows at once (packed twice, with a
+few partial sums of their gradient) or a copy in fp32, whichever is less.
 
 ``row_pass.py`` says what the results are. Letters: M targets, K rank of the low-rank addition.
 """
