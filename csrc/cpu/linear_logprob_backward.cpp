@@ -91,7 +91,8 @@ class Backward {
       const Segments cut(V_, wanted, 1);
       const int64_t shares = std::min(divide_up(tasks, cut.count), panels);
       const bool copies = wants_weights_ && shares > 1;
-      const int64_t room = (wants_rows_ ? cut.count * rows_ : 0) + (copies ? shares * V_ : 0);
+      // Without copies every share still fetches the weight for itself.
+      const int64_t room = (wants_rows_ ? cut.count * rows_ : 0) + (shares > 1 ? shares * V_ : 0);
       if ((least >= 0 && room >= least) || (copies && shares * copy > kWholeRoomBytes)) continue;
       least = room;
       segments_ = cut;

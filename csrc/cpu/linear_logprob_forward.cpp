@@ -241,7 +241,6 @@ void linear_forward(
     const Outputs<F> out{
         write<F>(maximum), write<F>(total), write<F>(weighted), write<F>(target_score),
         write<char>(cache), kept, cached, write<F>(offsets), offsets ? offsets->stride(0) : 0, write<F>(sums), write<F>(second), width};
-    if (cached > 0) expect_writes(write<char>(cache), divide_up(cached, P) * P * V * bytes_of(kept));
     if (M > 0 && V > 0) Forward<F>(hidden, std::move(factors), Head<F>(V, M, factor, bias, softcap, inverse_temperature, inverse), read<int64_t>(target), M, out).run();
   };
   if (maximum.scalar_type() == ScalarType::Double) run(0.0);

@@ -4,10 +4,6 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
@@ -15,15 +11,6 @@
 #include <new>
 
 namespace specs {
-
-// Asks for large pages where this much is written for the first time: a page fault for every 4 KiB takes longer than filling them.
-inline void expect_writes(void* data, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = 2 << 20;
-  const uintptr_t from = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage, to = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
-  if (data && to > from + kPage) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);  // only a wish
-#endif
-}
 
 // Memory aligned to a cache line; not initialised.
 template <class F>
@@ -33,7 +20,6 @@ class Buffer {
     const std::size_t bytes = (static_cast<std::size_t>(count) * sizeof(F) + 63) / 64 * 64;
     data_.reset(static_cast<F*>(std::aligned_alloc(64, bytes ? bytes : 64)));
     if (!data_) throw std::bad_alloc();
-    expect_writes(data_.get(), static_cast<int64_t>(bytes));
   }
   F* data() const { return data_.get(); }
 
