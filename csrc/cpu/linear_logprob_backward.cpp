@@ -89,7 +89,7 @@ class Backward {
     int64_t least = -1;
     for (int64_t wanted = std::min(tasks, segments_.blocks); wanted >= 1; --wanted) {
       const Segments cut(V_, wanted, 1);
-      const int64_t shares = std::min(divide_up(tasks, cut.count), panels);
+      const int64_t shares = std::clamp<int64_t>(tasks / cut.count, 1, panels);
       const bool copies = wants_weights_ && shares > 1;
       // Without copies every share still fetches the weight for itself.
       const int64_t room = (wants_rows_ ? cut.count * rows_ : 0) + (shares > 1 ? shares * V_ : 0);
