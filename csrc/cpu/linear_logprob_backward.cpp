@@ -320,13 +320,7 @@ void linear_backward(
   const auto run = [&](auto zero) {
     using F = decltype(zero);
     const int64_t P = linear_kernels<F>().lanes;
-    std::vector<Factors<F>> factors;
-    factors.emplace_back(hidden, weight, "weight", true);
-    STD_TORCH_CHECK(low.has_value() == lora.has_value(), "native linear_logprob: low and lora go together");
-    if (low) factors.emplace_back(*low, *lora, "lora_B", false);
-    for (const auto& f : factors) STD_TORCH_CHECK(f.V == V, "native linear_logprob: lora_B must have a row per column");
-    STD_TORCH_CHECK(hidden.size(0) == M && (!low || low->size(0) == M), "native linear_logprob: rows and targets differ in number");
-    check_vector(target, M, ScalarType::Long, "target");
+    std::vector<Factors<F>> factors = factors_of<F>(hidden, weight, low, lora, target);
     for (const MaybeTensor& x : {MaybeTensor(maximum), MaybeTensor(log_total), MaybeTensor(base), entropy, target_gradient})
       check_vector(x, M, kDtype<F>, "the gradients");
     const MaybeTensor* into_rows[] = {&d_hidden, &d_low};
@@ -348,20 +342,16 @@ void linear_backward(
     }
     Kept<F> kept;
     if (cached > 0) {
-      STD_TORCH_CHECK(cache && cache->is_contiguous() && cached <= M, "native linear_logprob: the cache has too few rows or strides");
-      check_float<F>(*cache, "the cache");
+      STD_TORCH_CHECK(cached <= M, "native linear_logprob: more cached rows than targets");
       check_vector(cache_rows, cached, ScalarType::Long, "cache_rows");
       int64_t last = cached - 1;
       for (int64_t i = 0; cache_rows && i < cached; ++i) {
         STD_TORCH_CHECK(read<int64_t>(cache_rows)[i] >= 0, "native linear_logprob: cache_rows must be at least 0");
         last = std::max(last, read<int64_t>(cache_rows)[i]);
       }
-      STD_TORCH_CHECK(cache->numel() >= (last / P + 1) * P * V, "native linear_logprob: the cache is too small");
+      check_cache<F>(cache, offsets, V, last);
       kept = {read<char>(cache), cache->scalar_type(), cached, read<int64_t>(cache_rows), nullptr, 0};
       if (kept.dtype != kDtype<F>) {
-        STD_TORCH_CHECK(offsets.has_value(), "native linear_logprob: a cache in half precision needs offsets");
-        check_matrix(offsets, divide_up(V, kBlockColumns), offsets->size(1), "offsets");
-        STD_TORCH_CHECK(offsets->scalar_type() == kDtype<F> && offsets->size(1) > last, "native linear_logprob: offsets have the wrong dtype or length");
         kept.offsets = read<F>(offsets);
         kept.offsets_stride = offsets->stride(0);
       }

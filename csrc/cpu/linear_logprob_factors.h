@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <vector>
+
 #include "linear_logprob_tiles.h"
 
 namespace specs {
@@ -148,5 +150,31 @@ class Factors {
   const Bfloat16Kernels* pairs_ = nullptr;
   bool direct_ = false;
 };
+
+// The factors of a call: hidden and the head's weight, and where there is a low-rank addition its two.
+template <class F>
+std::vector<Factors<F>> factors_of(const Tensor& hidden, const Tensor& weight, const MaybeTensor& low, const MaybeTensor& lora, const Tensor& target) {
+  const int64_t M = target.size(0), V = weight.size(0);
+  STD_TORCH_CHECK(low.has_value() == lora.has_value(), "native linear_logprob: low and lora go together");
+  std::vector<Factors<F>> factors;
+  factors.emplace_back(hidden, weight, "weight", true);
+  if (low) factors.emplace_back(*low, *lora, "lora_B", false);
+  for (const auto& f : factors) STD_TORCH_CHECK(f.V == V, "native linear_logprob: lora_B must have a row per column");
+  STD_TORCH_CHECK(hidden.size(0) == M && (!low || low->size(0) == M), "native linear_logprob: rows and targets differ in number");
+  check_vector(target, M, ScalarType::Long, "target");
+  return factors;
+}
+
+// A cache whose last row that is used is `last`, and its offsets where it holds shifted scores.
+template <class F>
+void check_cache(const MaybeTensor& cache, const MaybeTensor& offsets, int64_t V, int64_t last) {
+  const int64_t P = linear_kernels<F>().lanes;
+  STD_TORCH_CHECK(cache && cache->is_contiguous() && cache->numel() >= (last / P + 1) * P * V, "native linear_logprob: the cache is too small, or has strides");
+  check_float<F>(*cache, "the cache");
+  if (cache->scalar_type() == kDtype<F>) return;
+  STD_TORCH_CHECK(offsets.has_value(), "native linear_logprob: a cache in half precision needs offsets");
+  check_matrix(offsets, divide_up(V, kBlockColumns), offsets->size(1), "offsets");
+  STD_TORCH_CHECK(offsets->scalar_type() == kDtype<F> && offsets->size(1) > last, "native linear_logprob: offsets have the wrong dtype or length");
+}
 
 }  // namespace specs

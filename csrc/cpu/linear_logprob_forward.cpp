@@ -212,13 +212,7 @@ void linear_forward(
   const auto run = [&](auto zero) {
     using F = decltype(zero);
     const int64_t P = linear_kernels<F>().lanes;
-    std::vector<Factors<F>> factors;
-    factors.emplace_back(hidden, weight, "weight", true);
-    STD_TORCH_CHECK(low.has_value() == lora.has_value(), "native linear_logprob: low and lora go together");
-    if (low) factors.emplace_back(*low, *lora, "lora_B", false);
-    for (const auto& f : factors) STD_TORCH_CHECK(f.V == V, "native linear_logprob: lora_B must have a row per column");
-    STD_TORCH_CHECK(hidden.size(0) == M && (!low || low->size(0) == M), "native linear_logprob: rows and targets differ in number");
-    check_vector(target, M, ScalarType::Long, "target");
+    std::vector<Factors<F>> factors = factors_of<F>(hidden, weight, low, lora, target);
     for (const MaybeTensor& x : {MaybeTensor(maximum), MaybeTensor(total), weighted, MaybeTensor(target_score)}) check_vector(x, M, kDtype<F>, "the state");
     const int64_t width = hidden.size(1) + (low ? low->size(1) : 0);
     for (const MaybeTensor& x : {sums, second}) {
@@ -228,15 +222,9 @@ void linear_forward(
     STD_TORCH_CHECK(!second || sums, "native linear_logprob: second needs sums");
     ScalarType kept = kDtype<F>;
     if (cached > 0) {
-      STD_TORCH_CHECK(cache && cache->is_contiguous() && cached <= M && cache->numel() >= divide_up(cached, P) * P * V, "native linear_logprob: the cache is too small");
-      STD_TORCH_CHECK(cached == M || cached % P == 0, "native linear_logprob: a part of the rows in the cache must fill its panels");
-      check_float<F>(*cache, "the cache");
+      STD_TORCH_CHECK(cached <= M && (cached == M || cached % P == 0), "native linear_logprob: a part of the rows in the cache must fill its panels");
+      check_cache<F>(cache, offsets, V, cached - 1);
       kept = cache->scalar_type();
-      if (kept != kDtype<F>) {
-        STD_TORCH_CHECK(offsets.has_value(), "native linear_logprob: a cache in half precision needs offsets");
-        check_matrix(offsets, divide_up(V, kBlockColumns), offsets->size(1), "offsets");
-        STD_TORCH_CHECK(offsets->scalar_type() == kDtype<F> && offsets->size(1) >= cached, "native linear_logprob: offsets have the wrong dtype or length");
-      }
     }
     const Outputs<F> out{
         write<F>(maximum), write<F>(total), write<F>(weighted), write<F>(target_score),

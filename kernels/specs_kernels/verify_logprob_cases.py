@@ -128,6 +128,46 @@ _HEADS = (
 )
 
 
+@dataclass(frozen=True)
+class _Problem:
+    """What a case of a head fixes beside its inputs. source: rows of hidden, or None. fixed: inputs without a gradient."""
+
+    head: _Head
+    target: Tensor
+    source: Tensor | None
+    temperature: float | Tensor
+    fixed: Tensors
+    alive: Tensor
+
+    def _all(self, x: Tensors) -> Tensors:
+        return x | {name: tensor.to(x["hidden"].dtype) for name, tensor in self.fixed.items()}
+
+    def run(self, x: Tensors, backend: str) -> Tensors:
+        x, head = self._all(x), self.head
+        result = linear_logprob(
+            x["hidden"],
+            x["weight"],
+            self.target,
+            bias=x.get("bias"),
+            lora=(x["lora_A"], x["lora_B"]) if head.lora else None,
+            temperature=self.temperature,
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+            return_entropy=True,
+            rows=self.source,
+            backend=backend,
+            **head.modes(backend, x["hidden"].dtype),
+        )
+        return _alive(result._asdict(), self.alive)
+
+    def plain(self, x: Tensors) -> Tensors:
+        x, divisor = self._all(x), self.temperature
+        if isinstance(divisor, Tensor):
+            divisor = divisor[:, None].to(x["hidden"].dtype)
+        z_NV = self.head.logits(x, self.source) / divisor
+        return _alive(_from_logits(z_NV, self.target, self.target >= 0), self.alive)
+
+
 def linear_logprob_cases(generator: torch.Generator, device: torch.device) -> Iterator[Case]:
     for head in (head.on(device) for head in _HEADS):
         inputs = head.inputs(generator)
@@ -142,49 +182,8 @@ def linear_logprob_cases(generator: torch.Generator, device: torch.device) -> It
         temperature = torch.linspace(0.5, 2.0, head.rows).to(device) if head.temperature is None else head.temperature
         fixed = {"weight": inputs.pop("weight").to(device)} if head.frozen else {}
 
-        def run(
-            x: Tensors,
-            backend: str,
-            head: _Head = head,
-            target: Tensor = target,
-            source: Tensor | None = shared,
-            temperature: float | Tensor = temperature,
-            fixed: Tensors = fixed,
-            alive: Tensor = alive,
-        ) -> Tensors:
-            x = x | {name: tensor.to(x["hidden"].dtype) for name, tensor in fixed.items()}
-            return _alive(
-                linear_logprob(
-                    x["hidden"],
-                    x["weight"],
-                    target,
-                    bias=x.get("bias"),
-                    lora=(x["lora_A"], x["lora_B"]) if head.lora else None,
-                    temperature=temperature,
-                    softcap=head.softcap,
-                    logit_scale=head.logit_scale,
-                    return_entropy=True,
-                    rows=source,
-                    backend=backend,
-                    **head.modes(backend, x["hidden"].dtype),
-                )._asdict(),
-                alive,
-            )
-
-        def plain(
-            x: Tensors,
-            head: _Head = head,
-            target: Tensor = target,
-            source: Tensor | None = shared,
-            temperature: float | Tensor = temperature,
-            fixed: Tensors = fixed,
-            alive: Tensor = alive,
-        ) -> Tensors:
-            x = x | {name: tensor.to(x["hidden"].dtype) for name, tensor in fixed.items()}
-            divisor = temperature[:, None].to(x["hidden"].dtype) if isinstance(temperature, Tensor) else temperature
-            return _alive(_from_logits(head.logits(x, source) / divisor, target, target >= 0), alive)
-
-        yield Case("linear_logprob", head.name, inputs, run, plain)
+        problem = _Problem(head, target, shared, temperature, fixed, alive)
+        yield Case("linear_logprob", head.name, inputs, problem.run, problem.plain)
 
 
 def linear_loss_cases(generator: torch.Generator, device: torch.device) -> Iterator[Case]:

@@ -175,9 +175,7 @@ def backward(
             source_M = live if source_M is None else source_M[live]
             if cache is not None:
                 cached = int((live < cache.rows).sum())
-                if (
-                    cached < live.shape[0]
-                ):  # rows after the cached ones start a block, as their scores are formed in blocks
+                if cached < live.shape[0]:  # those that follow are scored in blocks, and start one
                     cached = cached // tiles.row_block * tiles.row_block
                 cache_rows = live[:cached]
     rows = Rows(hidden_MD, head, tiles.row_block)

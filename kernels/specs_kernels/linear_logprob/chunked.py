@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from specs_kernels.linear_logprob.row_pass import NothingFused, RowGradients, RowState, Transform
+from specs_kernels.linear_logprob.row_pass import RowGradients, RowPass, RowState, Transform
 
 _FLOOR = -1e5
 """Stands in for z - m = -inf where it meets a factor exp(z - m) = 0: their product is 0, not NaN."""
@@ -27,7 +27,7 @@ def _exp(values: Tensor, out: Tensor) -> Tensor:
     return torch.mul(values, _LOG2E, out=out).exp2_()
 
 
-class TorchRowPass(NothingFused):
+class TorchRowPass(RowPass):
     """Tiles are overwritten in place; one more buffer of a tile's size lives as long as this object."""
 
     def __init__(self) -> None:

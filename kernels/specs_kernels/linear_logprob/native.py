@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from specs_kernels.linear_logprob.row_pass import NothingSwept, RowGradients, RowState
+from specs_kernels.linear_logprob.row_pass import RowGradients, RowPass, RowState
 
 if TYPE_CHECKING:
     from specs_kernels.linear_logprob.backward import Gradients
@@ -59,7 +59,7 @@ def offset_tiles(vocab_size: int) -> int:
     return -(-vocab_size // int(torch.ops.specs_kernels.linear_block()))
 
 
-class NativeLinear(NothingSwept):
+class NativeLinear(RowPass):
     """:class:`~specs_kernels.linear_logprob.row_pass.RowPass` in C++; nothing is overwritten but the outputs.
 
     It keeps scores as ``[panel of rows][V][rows of a panel]``: products where the cache has the arithmetic dtype, otherwise

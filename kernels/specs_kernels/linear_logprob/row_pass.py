@@ -26,7 +26,7 @@ Letters: M targets, R rows and C columns of one tile, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -96,8 +96,15 @@ class RowGradients:
         return RowGradients(self.maximum[rows], self.log_total[rows], self.base[rows], entropy, target)
 
 
-class RowPass(Protocol):
-    """The sweeps of one backend. An instance serves one call of an op and may hold workspace. In every call:
+_NO_SWEEPS = "this backend is fused throughout: it has no sweeps"
+
+
+class RowPass:
+    """What a backend does to the scores: three fused passes, or the sweeps between the GEMMs of the loops.
+
+    The loops ask for a fused pass first and go on with sweeps where it returns False, as it does unless a backend has one; a
+    backend whose fused passes serve every call has no sweeps. An instance serves one call of an op and may hold workspace.
+    In every sweep:
 
     x_RC: ``[R, C]``, unit stride along C, any stride along R (64-bit); fp32 or fp64, half precision only with offset_R.
     target_R: int64 ``[R]``, column of the target in the whole vocabulary slice, or NO_TARGET, or SKIP_ROW. The target is in
@@ -111,12 +118,12 @@ class RowPass(Protocol):
 
         What it leaves in a cache is its own affair: only its own :meth:`gradients` reads it.
         """
-        ...
+        return False
 
     def sums(self, rows: Rows, head: Head, target_M: Tensor, state: RowState, sums: list[Tensor]) -> bool:
         """A fused forward of the frozen head: ``state`` of all rows, and in ``sums`` (one or two, ``[M, D + K]``, unset) those
         over all columns but the target's of ``exp(z - m) slope W`` and of that times ``z - m``; or False."""
-        ...
+        return False
 
     def gradients(
         self,
@@ -130,7 +137,7 @@ class RowPass(Protocol):
         cache_rows: Tensor | None,
     ) -> bool:
         """A fused backward: fill all of ``into`` but lora_A (and ``low_grad_MK``, the gradient of ``rows.low_MK``), or False."""
-        ...
+        return False
 
     def stats(
         self,
@@ -149,7 +156,7 @@ class RowPass(Protocol):
         products (return None; only where keep has the dtype of x) or ``z - offset`` with one offset per row (return it,
         ``[R]``), which in a lower dtype keeps the rounding error small near the maximum.
         """
-        ...
+        raise NotImplementedError(_NO_SWEEPS)
 
     def stats_exp(
         self,
@@ -169,7 +176,7 @@ class RowPass(Protocol):
         Returns ``[R]``: maximum before this tile minus m (at most 0; anything finite or -inf on a row's first tile), by
         whose exponential sums over earlier tiles are rescaled.
         """
-        ...
+        raise NotImplementedError(_NO_SWEEPS)
 
     def dscores(
         self,
@@ -187,73 +194,4 @@ class RowPass(Protocol):
 
         offset_R: not None when x holds ``z - offset`` as left by :meth:`stats`; x may then be fp16 or bf16.
         """
-        ...
-
-
-class NothingFused:
-    """For a backend that has the sweeps only."""
-
-    def statistics(self, rows: Rows, head: Head, target_M: Tensor, state: RowState, cache: Cache | None) -> bool:
-        return False
-
-    def sums(self, rows: Rows, head: Head, target_M: Tensor, state: RowState, sums: list[Tensor]) -> bool:
-        return False
-
-    def gradients(
-        self,
-        rows: Rows,
-        head: Head,
-        target_M: Tensor,
-        gradients_M: RowGradients,
-        into: Gradients,
-        low_grad_MK: Tensor | None,
-        cache: Cache | None,
-        cache_rows: Tensor | None,
-    ) -> bool:
-        return False
-
-
-class NothingSwept:
-    """For a backend that is fused throughout: the loops never reach its sweeps."""
-
-    def stats(
-        self,
-        x_RC: Tensor,
-        target_R: Tensor,
-        first: int,
-        transform: Transform,
-        state: RowState,
-        *,
-        keep_RC: Tensor | None = None,
-        scratch: bool = True,
-    ) -> Tensor | None:
-        raise NotImplementedError(_FUSED)
-
-    def stats_exp(
-        self,
-        x_RC: Tensor,
-        target_R: Tensor,
-        first: int,
-        transform: Transform,
-        state: RowState,
-        exp_RC: Tensor,
-        weighted_RC: Tensor | None,
-    ) -> Tensor:
-        raise NotImplementedError(_FUSED)
-
-    def dscores(
-        self,
-        x_RC: Tensor,
-        target_R: Tensor,
-        first: int,
-        transform: Transform,
-        gradients: RowGradients,
-        dx_RC: Tensor,
-        *,
-        offset_R: Tensor | None = None,
-        scratch: bool = True,
-    ) -> None:
-        raise NotImplementedError(_FUSED)
-
-
-_FUSED = "this backend is fused throughout: it has no sweeps"
+        raise NotImplementedError(_NO_SWEEPS)

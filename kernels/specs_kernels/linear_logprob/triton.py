@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from specs_kernels.linear_logprob.row_pass import NothingFused, RowGradients, RowState, Transform
+from specs_kernels.linear_logprob.row_pass import RowGradients, RowPass, RowState, Transform
 from specs_kernels.linear_logprob.triton_forward import fused_statistics
 from specs_kernels.linear_logprob.triton_kernels import dscores_kernel, stats_kernel
 from specs_kernels.triton_common import TL_DTYPES, launch, strided
@@ -40,7 +40,7 @@ def _row_stride(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.stride(0)
 
 
-class TritonRowPass(NothingFused):
+class TritonRowPass(RowPass):
     """:class:`~specs_kernels.linear_logprob.row_pass.RowPass` in Triton; nothing is overwritten but the outputs.
 
     fused: whether the forward runs in one kernel, without scores in memory; None: for half-precision weights, since in fp32
