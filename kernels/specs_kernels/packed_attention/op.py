@@ -82,8 +82,8 @@ def packed_attention(
     query: ``[T, H, Dh]``; key, value: ``[T, Hkv, Dh]`` with H a multiple of Hkv (query heads h*H/Hkv to (h+1)*H/Hkv - 1
         use key head h, as in transformers); fp16, bf16, fp32 or fp64, any strides. T = 0 is legal.
     scale: None is 1/sqrt(Dh). softcap: a number above 0 or None. window: an int >= 1, counting the token itself.
-    backend: "auto", "native" (C++, CPU), "triton" (GPU; not for fp64, heads of at most 256; never taken by "auto"), "chunked"
-        or "reference".
+    backend: "auto", "native" (C++, CPU), "triton" (GPU; fp16 and bf16 with heads of at most 256, fp32 of at most 128; "auto" does
+        not take it), "chunked" or "reference".
 
     Returns out ``[T, H, Dh]`` in the query's dtype, and with ``return_lse`` also lse ``[T, H]``, fp32 (fp64 for fp64
     inputs). Gradients flow to query, key and value from both outputs; differentiable once: under

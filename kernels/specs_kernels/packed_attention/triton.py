@@ -12,8 +12,8 @@ and with upstream gradients dout and dlse, and f' the slope of the softcap (1 wi
 
 (FlashAttention-2, Dao 2023, https://arxiv.org/abs/2307.08691; dQ and dK/dV apart, so that no sum is shared.)
 
-query ``[T, H, D]``, key and value ``[T, Hkv, D]``, D <= 256 (computed as the next power of 2), any strides; out ``[T, H, D]``
-in their dtype, lse ``[T, H]`` fp32. fp16, bf16 and fp32; fp64 raises ValueError.
+query ``[T, H, D]``, key and value ``[T, Hkv, D]``, any strides; D <= 256, in fp32 D <= 128, computed as the next power of 2
+(fp32 in padded copies). out ``[T, H, D]`` in their dtype, lse ``[T, H]`` fp32. fp16, bf16 and fp32; fp64 raises ValueError.
 
 Work: blocks of queries by blocks of keys, those without a visible pair skipped by two integers (``triton_blocks.py``),
 longest first: queries by the length of their path, keys by the number of queries that see them. No host synchronisation and
@@ -28,6 +28,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -39,7 +40,8 @@ from specs_kernels.packed_attention.triton_key_grad import attention_key_kernel
 from specs_kernels.packed_attention.triton_query_grad import attention_delta_kernel, attention_query_kernel
 from specs_kernels.triton_common import architecture, launch
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = {torch.float16: 256, torch.bfloat16: 256, torch.float32: 128}
+"""fp32 blocks of wider heads do not fit the registers."""
 _SCAN = 128
 """Blocks classified at once."""
 _ROWS = 16
@@ -55,11 +57,75 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile_for(kernel: str, arch: str, dtype: torch.dtype, block_d: int) -> Tile:
-    """The largest block of "forward", "query" or "key" that the compile gate finds without spills."""
+_TILES: dict[str, dict[str, dict[str, Tile]]] = {
+    "plain": {
+        "sm80": {"forward": Tile(64, 64, 8, 2), "query": Tile(64, 32, 8, 2), "key": Tile(32, 64, 8, 2)},
+        "sm90": {"forward": Tile(128, 64, 8, 3), "query": Tile(128, 64, 8, 2), "key": Tile(64, 64, 8, 2)},
+        "sm100": {"forward": Tile(128, 32, 8, 2), "query": Tile(128, 32, 8, 2), "key": Tile(32, 64, 8, 2)},
+        "gfx942": {"forward": Tile(64, 64, 4, 1), "query": Tile(64, 32, 4, 1), "key": Tile(32, 64, 4, 1)},
+    },
+    "tight": {
+        "sm80": {"forward": Tile(64, 64, 8, 2), "query": Tile(64, 32, 8, 2), "key": Tile(32, 64, 8, 2)},
+        "sm90": {"forward": Tile(128, 64, 8, 3), "query": Tile(128, 32, 8, 2), "key": Tile(16, 64, 8, 2)},
+        "sm100": {"forward": Tile(128, 32, 8, 2), "query": Tile(128, 32, 8, 2), "key": Tile(32, 64, 8, 2)},
+        "gfx942": {"forward": Tile(64, 64, 4, 1), "query": Tile(64, 32, 4, 1), "key": Tile(32, 64, 4, 1)},
+    },
+    "wide": {
+        "sm80": {
+            "forward": Tile(64, 32, 8, 1),
+            "query": Tile(32, 32, 8, 1),
+            "key": Tile(16, 64, 8, 1),
+            "value": Tile(16, 64, 8, 1),
+        },
+        "sm90": {
+            "forward": Tile(64, 64, 8, 2),
+            "query": Tile(128, 16, 8, 2),
+            "key": Tile(16, 64, 8, 2),
+            "value": Tile(16, 64, 8, 1),
+        },
+        "sm100": {
+            "forward": Tile(64, 16, 8, 2),
+            "query": Tile(64, 16, 8, 1),
+            "key": Tile(16, 64, 8, 1),
+            "value": Tile(16, 64, 8, 2),
+        },
+        "gfx942": {
+            "forward": Tile(64, 16, 8, 1),
+            "query": Tile(32, 16, 8, 1),
+            "key": Tile(16, 64, 8, 1),
+            "value": Tile(16, 64, 8, 1),
+        },
+    },
+    "fp32": {
+        "sm80": {"forward": Tile(32, 32, 8, 2), "query": Tile(32, 16, 8, 2), "key": Tile(16, 32, 8, 2)},
+        "sm90": {"forward": Tile(64, 32, 8, 2), "query": Tile(32, 32, 8, 2), "key": Tile(16, 32, 8, 2)},
+        # Fewer than 64 rows: with more, sm_100 multiplies fp32 in TF32 whatever input_precision says.
+        "sm100": {"forward": Tile(32, 32, 8, 2), "query": Tile(32, 32, 8, 2), "key": Tile(16, 32, 8, 2)},
+        "gfx942": {"forward": Tile(32, 16, 8, 1), "query": Tile(32, 16, 8, 1), "key": Tile(16, 32, 8, 1)},
+    },
+}
+"""Half precision: "tight" with a softcap or a mask over D, "wide" beyond heads of 128, where dK and dV are made apart."""
+
+
+def tile_for(kernel: str, arch: str, dtype: torch.dtype, head_dim: int, softcap: bool) -> Tile:
+    """The block of "forward", "query", "key" (dK, with or without dV) or "value" (dV alone)."""
     if arch == "interpreter":
-        return Tile(16, 32, 4, 1) if kernel == "key" else Tile(32, 16, 4, 1)
-    return Tile(64, 64, 4, 2)
+        return Tile(64, 32, 4, 1) if kernel in ("forward", "query") else Tile(32, 64, 4, 1)
+    if dtype == torch.float32:
+        kind = "fp32"
+    elif head_dim > 128:
+        kind = "wide"
+    else:
+        kind = "tight" if softcap or head_dim != _block_d(head_dim) else "plain"
+    tiles = _TILES[kind][arch]
+    return tiles.get(kernel, tiles["key"])
+
+
+def _key_launches(block_d: int, of_key: bool, of_value: bool) -> list[tuple[bool, bool]]:
+    """Which of dK and dV each launch makes. Two sums of wide heads do not fit the registers: they go one after the other."""
+    if of_key and of_value and block_d > 128:
+        return [(True, False), (False, True)]
+    return [(of_key, of_value)] if of_key or of_value else []
 
 
 def _block_d(head_dim: int) -> int:
@@ -67,11 +133,17 @@ def _block_d(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-class _Options(NamedTuple):
+class Options(NamedTuple):
+    """What a call has besides its tensors, checked by the public op."""
+
     layout: PackedLayout
     scale: float
     softcap: float | None
     window: int | None
+
+
+def _tile(kernel: str, query: Tensor, options: Options) -> Tile:
+    return tile_for(kernel, architecture(query.device), query.dtype, query.shape[2], options.softcap is not None)
 
 
 def _strides(**tensors: Tensor) -> dict[str, int]:
@@ -82,7 +154,7 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
     }
 
 
-def _shared_arguments(query: Tensor, key: Tensor, value: Tensor, options: _Options, tile: Tile) -> dict[str, Any]:
+def _shared_arguments(query: Tensor, key: Tensor, value: Tensor, options: Options, tile: Tile) -> dict[str, Any]:
     """What the three kernels over blocks have in common."""
     layout, num_heads, head_dim = options.layout, query.shape[1], query.shape[2]
     return {
@@ -110,7 +182,7 @@ def _shared_arguments(query: Tensor, key: Tensor, value: Tensor, options: _Optio
     }
 
 
-def attention_forward(query: Tensor, key: Tensor, value: Tensor, options: _Options) -> tuple[Tensor, Tensor, Tensor]:
+def attention_forward(query: Tensor, key: Tensor, value: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     """(out, lse, int8 ``[T, Hkv]``: which key tokens are finite)."""
     num_tokens, num_heads, head_dim = query.shape
     out = torch.empty(num_tokens, num_heads, head_dim, dtype=query.dtype, device=query.device)
@@ -132,7 +204,7 @@ def attention_forward(query: Tensor, key: Tensor, value: Tensor, options: _Optio
             BLOCK=_ROWS,
             BLOCK_D=_block_d(head_dim),
         )
-        tile = tile_for("forward", architecture(query.device), query.dtype, _block_d(head_dim))
+        tile = _tile("forward", query, options)
         launch(
             attention_forward_kernel,
             triton.cdiv(num_tokens, tile.queries) * num_heads,
@@ -158,17 +230,15 @@ def attention_backward(
     lse: Tensor,
     grad_out: Tensor,
     grad_lse: Tensor | None,
-    options: _Options,
-    *,
-    of_query: bool = True,
-    of_keys: bool = True,
+    options: Options,
+    wanted: tuple[bool, bool, bool] = (True, True, True),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of query, key and value, contiguous; None where not asked for (of_keys: key and value)."""
+    """Gradients of query, key and value, contiguous; None where not wanted."""
     num_tokens, num_heads, head_dim = query.shape
     device, block_d = query.device, _block_d(head_dim)
-    grad_query = torch.empty(query.shape, dtype=query.dtype, device=device) if of_query else None
-    grad_key, grad_value = (
-        (torch.empty(x.shape, dtype=x.dtype, device=device) if of_keys else None) for x in (key, value)
+    grad_query, grad_key, grad_value = (
+        torch.empty(x.shape, dtype=x.dtype, device=device) if want else None
+        for x, want in zip((query, key, value), wanted, strict=True)
     )
     if num_tokens == 0:
         return grad_query, grad_key, grad_value
@@ -194,7 +264,7 @@ def attention_backward(
     )
     upstream = {"grad_out": grad_out, "lse": lse, "delta": delta, **_strides(grad=grad_out)}
     if grad_query is not None:
-        tile = tile_for("query", architecture(device), query.dtype, block_d)
+        tile = _tile("query", query, options)
         launch(
             attention_query_kernel,
             triton.cdiv(num_tokens, tile.queries) * num_heads,
@@ -208,8 +278,8 @@ def attention_backward(
             stride_to_t=grad_query.stride(0),
             stride_to_h=grad_query.stride(1),
         )
-    if grad_key is not None:
-        tile = tile_for("key", architecture(device), query.dtype, block_d)
+    for of_key, of_value in _key_launches(block_d, grad_key is not None, grad_value is not None):
+        tile = _tile("key" if of_key else "value", query, options)
         launch(
             attention_key_kernel,
             triton.cdiv(num_tokens, tile.keys) * key.shape[1],
@@ -218,10 +288,12 @@ def attention_backward(
             num_stages=tile.stages,
             **_shared_arguments(query, key, value, options, tile),
             **upstream,
-            grad_key=grad_key,
-            grad_value=grad_value,
-            stride_to_t=grad_key.stride(0),
-            stride_to_h=grad_key.stride(1),
+            grad_key=grad_key if of_key else None,
+            grad_value=grad_value if of_value else None,
+            stride_to_t=key.shape[1] * head_dim,
+            stride_to_h=head_dim,
+            OF_KEY=of_key,
+            OF_VALUE=of_value,
         )
     return grad_query, grad_key, grad_value
 
@@ -230,7 +302,7 @@ class _PackedAttention(torch.autograd.Function):
     """query ``[T, H, D]``, key and value ``[T, Hkv, D]`` -> out ``[T, H, D]``, lse ``[T, H]``."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, options: Options) -> tuple[Tensor, Tensor]:
         out, lse, sound = attention_forward(query, key, value, options)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(query, key, value, sound, out, lse)
@@ -245,19 +317,8 @@ class _PackedAttention(torch.autograd.Function):
             return (None,) * 4
         if grad_out is None:
             grad_out = torch.zeros((), dtype=out.dtype, device=out.device).expand(out.shape)
-        of_query, of_key, of_value, _ = ctx.needs_input_grad
         grads = attention_backward(
-            query,
-            key,
-            value,
-            sound,
-            out,
-            lse,
-            grad_out,
-            grad_lse,
-            ctx.options,
-            of_query=of_query,
-            of_keys=of_key or of_value,
+            query, key, value, sound, out, lse, grad_out, grad_lse, ctx.options, tuple(ctx.needs_input_grad[:3])
         )
         return *grads, None
 
@@ -272,14 +333,19 @@ def packed_attention_triton(
     window: int | None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`specs_kernels.packed_attention`; returns (out, lse)."""
-    if query.dtype == torch.float64:
+    if query.dtype not in MAX_HEAD_DIM:
         raise ValueError(
-            'packed_attention: backend "triton" takes fp16, bf16 or fp32; got torch.float64; cast, or use backend "chunked"'
+            f'packed_attention: backend "triton" takes fp16, bf16 or fp32; got {query.dtype}; cast, or use backend "chunked"'
         )
-    if query.shape[2] > MAX_HEAD_DIM:
+    if query.shape[2] > MAX_HEAD_DIM[query.dtype]:
         raise ValueError(
-            f'packed_attention: backend "triton" takes heads of at most {MAX_HEAD_DIM}; query has {query.shape[2]}; '
+            f'packed_attention: backend "triton" takes heads of at most {MAX_HEAD_DIM[query.dtype]} in {query.dtype}; '
+            f"query has {query.shape[2]}; "
             'use backend "chunked"'
         )
-    out, lse = _PackedAttention.apply(query, key, value, _Options(layout, scale, softcap, window))
-    return out, lse
+    head_dim = query.shape[2]
+    padding = _block_d(head_dim) - head_dim
+    if padding and query.dtype == torch.float32:  # a mask over D takes the registers that fp32 products need
+        query, key, value = (F.pad(tensor, (0, padding)) for tensor in (query, key, value))
+    out, lse = _PackedAttention.apply(query, key, value, Options(layout, scale, softcap, window))
+    return out[..., :head_dim], lse

@@ -56,6 +56,8 @@ def _key_step(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     MASKED: tl.constexpr,
+    OF_KEY: tl.constexpr,
+    OF_VALUE: tl.constexpr,
 ):
     """dK (without its factor ``scale``) and dV after one more block of queries of one head. Products are ``[keys, queries]``."""
     at = rows.to(tl.int64) * heads
@@ -73,9 +75,6 @@ def _key_step(
     zero = tl.zeros([columns.shape[0], rows.shape[0]], tl.float32)
     products = dot(k, q.T, zero)
     p = tl.exp2(base2_scores(products, scale, SOFTCAP) - lse2[None, :])
-    ds = p * (dot(v, g.T, zero) - d[None, :])
-    if SOFTCAP is not None:
-        ds = ds * softcap_slope(products * scale, SOFTCAP)
     if MASKED:
         row_position = positions(position_ids, rows, T, WINDOW)
         visible = sees(
@@ -88,9 +87,15 @@ def _key_step(
             WINDOW,
         )
         p = tl.where(visible, p, 0.0)
-        ds = tl.where(visible, ds, 0.0)
-    dv = dot(rounded(p, g.dtype), g, dv)
-    dk = dot(rounded(ds, q.dtype), q, dk)
+    if OF_VALUE:
+        dv = dot(rounded(p, g.dtype), g, dv)
+    if OF_KEY:
+        ds = p * (dot(v, g.T, zero) - d[None, :])
+        if SOFTCAP is not None:
+            ds = ds * softcap_slope(products * scale, SOFTCAP)
+        if MASKED:
+            ds = tl.where(visible, ds, 0.0)
+        dk = dot(rounded(ds, q.dtype), q, dk)
     return dk, dv
 
 
@@ -135,8 +140,10 @@ def attention_key_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SCAN: tl.constexpr,
+    OF_KEY: tl.constexpr,
+    OF_VALUE: tl.constexpr,
 ):
-    """dK and dV of BLOCK_K keys of one key head, summed over the query heads of its group in order."""
+    """dK and dV, or one of them, of BLOCK_K keys of one key head, summed over the query heads of its group in order."""
     program = tl.program_id(0)
     blocks_q = tl.cdiv(T, BLOCK_Q)
     blocks_k = tl.cdiv(T, BLOCK_K)
@@ -156,8 +163,8 @@ def attention_key_kernel(
     k = tile(key + kv_head * stride_key_h, columns, depth, stride_key_t, stride_key_d, inside, D, BLOCK_D, True)
     v = tile(value + kv_head * stride_value_h, columns, depth, stride_value_t, stride_value_d, inside, D, BLOCK_D, True)
 
-    dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    dk = tl.zeros([BLOCK_K, BLOCK_D if OF_KEY else 1], tl.float32)
+    dv = tl.zeros([BLOCK_K, BLOCK_D if OF_VALUE else 1], tl.float32)
     stop = tl.cdiv(last_until, BLOCK_Q)
     for head in range(kv_head * group, kv_head * group + group):
         start = first_from // BLOCK_Q
@@ -211,6 +218,8 @@ def attention_key_kernel(
                         D,
                         BLOCK_D,
                         MASKED,
+                        OF_KEY,
+                        OF_VALUE,
                     )
                 first = last
                 last = start + b
@@ -218,5 +227,7 @@ def attention_key_kernel(
 
     mask = inside[:, None] & (depth < D)[None, :]
     to = columns.to(tl.int64)[:, None] * stride_to_t + kv_head * stride_to_h + depth[None, :]
-    tl.store(grad_key + to, rounded(dk * scale, grad_key.dtype.element_ty), mask=mask)
-    tl.store(grad_value + to, rounded(dv, grad_value.dtype.element_ty), mask=mask)
+    if OF_KEY:
+        tl.store(grad_key + to, rounded(dk * scale, grad_key.dtype.element_ty), mask=mask)
+    if OF_VALUE:
+        tl.store(grad_value + to, rounded(dv, grad_value.dtype.element_ty), mask=mask)

@@ -20,7 +20,7 @@ from specs_kernels.packed_attention import triton_blocks
 HALVES = (torch.float16, torch.bfloat16)
 BOUNDS = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 """Relative Frobenius error: a few roundings of the dtype."""
-BLOCKS = {"forward": (16, 32), "query": (16, 16), "key": (16, 32)}
+BLOCKS = {"forward": (16, 32), "query": (16, 16), "key": (16, 32), "value": (32, 16)}
 
 Blocks = Callable[..., None]
 
@@ -109,10 +109,18 @@ def test_query_heads_share_key_heads(heads: int, kv_heads: int) -> None:
     check(make_inputs(layout, heads, kv_heads, 8), layout)
 
 
-@pytest.mark.parametrize("head_dim", [1, 24, 32, 64, 72, 80, 96, 128, 192, 256])
-def test_head_dims(head_dim: int) -> None:
+@pytest.mark.parametrize(
+    "head_dim, dtype",
+    [
+        *((d, torch.float16) for d in (1, 32, 64, 72, 80, 96, 128, 192, 256)),
+        *((d, torch.float32) for d in (24, 64, 80, 128)),
+    ],
+    ids=str,
+)
+def test_head_dims(head_dim: int, dtype: torch.dtype) -> None:
+    """fp32 is padded in memory, half precision is masked; beyond 128, dK and dV are two launches."""
     layout = PackedLayout.from_segments([12, 9], [-1, 0])
-    check(make_inputs(layout, 1, 1, head_dim), layout)
+    check(make_inputs(layout, 1, 1, head_dim, dtype), layout)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 15, 16, 17, 31, 32, 33])
@@ -225,7 +233,7 @@ def test_offsets_beyond_32_bits() -> None:
     layout = PackedLayout.from_segments([2], [-1])
     plain = [x.detach() for x in make_inputs(layout, 1, 1, 16, torch.float16)]
     far.copy_(plain[0])
-    options = kernels._Options(layout, 0.25, None, None)
+    options = kernels.Options(layout, 0.25, None, None)
     out, lse, sound = kernels.attention_forward(far, far, far, options)
     near = [plain[0].clone().requires_grad_() for _ in range(3)]
     expected = packed_attention(*near, layout, scale=0.25, backend="triton")
@@ -254,8 +262,10 @@ def test_fp64_and_wide_heads_are_refused_by_name() -> None:
     layout = PackedLayout.from_segments([3], [-1])
     with pytest.raises(ValueError, match='"triton" takes fp16, bf16 or fp32; got torch.float64'):
         packed_attention(*make_inputs(layout, 1, 1, 8, torch.float64), layout, backend="triton")
-    with pytest.raises(ValueError, match='"triton" takes heads of at most 256; query has 257'):
-        packed_attention(*make_inputs(layout, 1, 1, 257), layout, backend="triton")
+    with pytest.raises(ValueError, match='"triton" takes heads of at most 256 in torch.bfloat16; query has 257'):
+        packed_attention(*make_inputs(layout, 1, 1, 257, torch.bfloat16), layout, backend="triton")
+    with pytest.raises(ValueError, match='"triton" takes heads of at most 128 in torch.float32; query has 129'):
+        packed_attention(*make_inputs(layout, 1, 1, 129), layout, backend="triton")
 
 
 def test_second_derivative_is_refused() -> None:
