@@ -34,7 +34,7 @@ _BACKENDS: dict[str, dict[str, str]] = {
     "linear_logprob": {"reference": _DEFINITION, "chunked": _CHUNKED, "native": _NATIVE_LINEAR, "triton": _TRITON},
     "linear_loss": {"reference": _DEFINITION, "chunked": _CHUNKED, "native": _NATIVE_LINEAR, "triton": _TRITON},
     "selective_logprob": {"reference": _DEFINITION, "chunked": _CHUNKED, "native": _NATIVE_LOGITS, "triton": _TRITON},
-    "packed_attention": {"reference": _DEFINITION, "chunked": _CHUNKED, "native": _NATIVE_ATTENTION},
+    "packed_attention": {"reference": _DEFINITION, "chunked": _CHUNKED, "native": _NATIVE_ATTENTION, "triton": _TRITON},
     "rms_norm": {"reference": _LAYER, "native": _NATIVE_LAYER},
     "swiglu": {"reference": _LAYER, "native": _NATIVE_LAYER},
     "preference_loss": {"reference": _VECTOR_LOSS},

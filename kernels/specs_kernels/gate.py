@@ -95,7 +95,8 @@ def _source(launch: triton_common.Launch) -> ASTSource:
             continue
         signature[parameter.name] = parameter.annotation_type or triton.runtime.jit.mangle_type(value)
         aligned = value.data_ptr() if isinstance(value, Tensor) else value
-        if not isinstance(value, TensorDescriptor) and isinstance(aligned, int) and aligned % 16 == 0:
+        special = not (parameter.do_not_specialize or isinstance(value, TensorDescriptor))
+        if special and isinstance(aligned, int) and aligned % 16 == 0:
             hints[(position,)] = [["tt.divisibility", 16]]
     return ASTSource(launch.kernel, signature, constants, hints)
 

@@ -119,11 +119,13 @@ def _worst_of_batches(case: Invariance, inputs: Tensors, backend: str) -> tuple[
 
 
 def _verify_definition(case: Case) -> list[Result]:
-    """Every backend in float64 against plain PyTorch in float64."""
+    """Every backend that takes float64 against plain PyTorch in float64."""
     exact = {name: tensor.double() for name, tensor in case.inputs.items()}
     plain = _evaluate(case.plain, exact)
     results = []
     for backend in backends(case.op, next(iter(case.inputs.values())).device):
+        if backend in case.no_float64:
+            continue
         try:
             outputs = _evaluate(lambda x, backend=backend: case.run(x, backend), exact)  # type: ignore[misc]
             errors = _errors({name: value for name, value in outputs.items() if name in plain}, plain)

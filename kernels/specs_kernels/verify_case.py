@@ -21,6 +21,8 @@ class Case:
     run: Callable[[Tensors, str], Tensors]
     plain: Callable[[Tensors], Tensors]
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    no_float64: tuple[str, ...] = ()
+    """Backends that refuse float64."""
 
 
 @dataclass(frozen=True)

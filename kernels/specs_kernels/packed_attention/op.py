@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal, overload
 
 import torch
@@ -16,11 +17,20 @@ from specs_kernels.packed_attention.native import packed_attention_native
 from specs_kernels.packed_attention.reference import packed_attention_reference
 from specs_kernels.softmax import accumulation_dtype
 
-_RUN = {
-    "reference": packed_attention_reference,
-    "chunked": packed_attention_chunked,
-    "native": packed_attention_native,
-}
+_Run = Callable[[Tensor, Tensor, Tensor, PackedLayout, float, float | None, int | None], tuple[Tensor, Tensor]]
+
+
+def _backend(name: str) -> _Run:
+    """The function of a backend; Triton is imported when first asked for."""
+    if name == "triton":
+        from specs_kernels.packed_attention.triton import packed_attention_triton
+
+        return packed_attention_triton
+    return {
+        "reference": packed_attention_reference,
+        "chunked": packed_attention_chunked,
+        "native": packed_attention_native,
+    }[name]
 
 
 @overload
@@ -72,12 +82,14 @@ def packed_attention(
     query: ``[T, H, Dh]``; key, value: ``[T, Hkv, Dh]`` with H a multiple of Hkv (query heads h*H/Hkv to (h+1)*H/Hkv - 1
         use key head h, as in transformers); fp16, bf16, fp32 or fp64, any strides. T = 0 is legal.
     scale: None is 1/sqrt(Dh). softcap: a number above 0 or None. window: an int >= 1, counting the token itself.
-    backend: "auto", "native" (C++, CPU), "chunked" or "reference".
+    backend: "auto", "native" (C++, CPU), "triton" (GPU; fp16 and bf16 with heads of at most 256, fp32 of at most 128; "auto" does
+        not take it), "chunked" or "reference".
 
     Returns out ``[T, H, Dh]`` in the query's dtype, and with ``return_lse`` also lse ``[T, H]``, fp32 (fp64 for fp64
     inputs). Gradients flow to query, key and value from both outputs; differentiable once: under
     ``create_graph=True`` the backward raises RuntimeError.
-    Numerics: fp32 (fp64) throughout, one rounding of each result; deterministic. A segment's result does not depend,
+    Numerics: fp32 (fp64) throughout, one rounding of each result ("triton" also rounds probabilities and their gradients to the
+    inputs' dtype before they are multiplied); deterministic. A segment's result does not depend,
     bit for bit, on what its siblings' tokens hold.
 
     Raises ValueError for wrong shapes, dtypes or devices, and for scale, softcap or window out of range.
@@ -114,7 +126,7 @@ def packed_attention(
         )
     if window is not None and window >= num_tokens:
         window = None  # no path is longer than the row
-    run = _RUN[choose("packed_attention", backend, query.device).backend]
+    run = _backend(choose("packed_attention", backend, query.device).backend)
     with torch.autocast(query.device.type, enabled=False):
         out, lse = run(query, key, value, layout, float(scale), softcap, window)
     return (out, lse) if return_lse else out
