@@ -6,6 +6,7 @@ responses follow it, and no token is padding.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 
 from specs_fast.data.types import EncodedImage
 from specs_fast.models.attention import text_attention
-from specs_fast.models.images import ImageFeatures, encode_images
+from specs_fast.models.images import ImageFeatures, encode_images, images_see_both_ways
 from specs_fast.models.modes import scoring_mode
 from specs_fast.models.positions import forest_positions
 from specs_fast.models.support import check_packable
@@ -44,6 +45,8 @@ def packed_hidden(
             "one entry per token of the layout"
         )
     device = model.device
+    if images_see_both_ways(model):
+        layout = PackedLayout.from_segments(layout.lengths, layout.parents, bidirectional=_image_runs(token_types))
     layout = layout.to(device)
     positions = forest_positions(model, layout, token_types, images)
     with scoring_mode(model):
@@ -59,3 +62,15 @@ def packed_hidden(
                 **image_kwargs,
             )
     return output.last_hidden_state[0]
+
+
+def _image_runs(token_types: Tensor) -> list[tuple[int, int]]:
+    """Half-open ranges of the runs of image tokens."""
+    runs: list[tuple[int, int]] = []
+    start = 0
+    for kind, run in itertools.groupby(token_types.tolist()):
+        end = start + len(list(run))
+        if kind == 1:
+            runs.append((start, end))
+        start = end
+    return runs
