@@ -177,8 +177,8 @@ def _torch_forward(
         causal,
         False,  # debug mask
         scale=scale,
-        window_size_left=None if window is None else window - 1,
-        window_size_right=None if window is None else 0,
+        window_size_left=-1 if window is None else window - 1,
+        window_size_right=0 if causal else -1,
     )
     return out, _checked_lse(lse, query)
 
@@ -195,7 +195,7 @@ def _torch_backward(
     scale: float,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    no_dropout = torch.empty(2, dtype=torch.uint64, device=query.device)
+    no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device)
     dq, dk, dv = torch.ops.aten._flash_attention_backward(
         grad_out,
         query,
@@ -212,8 +212,8 @@ def _torch_backward(
         no_dropout,
         torch.empty(0, device=query.device),
         scale=scale,
-        window_size_left=None if window is None else window - 1,
-        window_size_right=None if window is None else 0,
+        window_size_left=-1 if window is None else window - 1,
+        window_size_right=0 if causal else -1,
     )
     return dq, dk, dv
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from specs_kernels import PackedLayout, packed_attention, varlen
-from specs_kernels.packed_attention.cascade import Options, cascade_backward, cascade_forward
 from specs_kernels.packed_attention.cascade_plan import cascade_plan
 from specs_kernels.varlen import Sequences
 from specs_kernels.varlen_stand_in import stand_in_backward, stand_in_forward
@@ -53,9 +52,9 @@ def sequences_of(cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> Sequence
 
 
 def window_of(causal: bool, left: int | None, right: int | None) -> int | None:
-    """FlashAttention's: None or -1 for no bound; ours is causal, so nothing to the right."""
-    left, right = (-1 if bound is None else bound for bound in (left, right))
-    assert (left, right) == (-1, -1) or (causal and left >= 0 and right == 0)
+    """FlashAttention's: -1 for no bound; a causal call has none to the right, whatever it says."""
+    assert left is not None and right in ((-1, 0) if causal else (-1,)) and (causal or left == -1)
+    assert right == 0 or left == -1
     return None if left == -1 else left + 1
 
 
@@ -133,25 +132,21 @@ def test_calls_of_torchs_ops_pass_its_schema_and_give_the_stand_ins_bits(
 
 
 @pytest.mark.parametrize("segments, window", [(FOREST, None), (FLAT, 3)])
-def test_torchs_shape_functions_take_our_calls_on_cuda_tensors(
-    segments: tuple[list[int], list[int]], window: int | None
+def test_torchs_shape_functions_take_our_calls(
+    libraries_run_on_cpu: None, segments: tuple[list[int], list[int]], window: int | None
 ) -> None:
-    """Fake CUDA tensors run PyTorch's own shape and dtype rules for the ops, without a GPU."""
+    """On fake tensors PyTorch's own shape and dtype rules for the two ops run, without a GPU."""
     layout = PackedLayout.from_segments(*segments)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        query, key, value = (
-            torch.empty(layout.num_tokens, heads, 64, dtype=torch.bfloat16, device="cuda:0") for heads in (4, 2, 2)
-        )
-        plan = cascade_plan(layout.to("cuda:0"))
-        library = varlen.choose(query.device)
-        varlen.check_limits(library, query, plan.own.number)
-        options = Options(library, plan, 0.125, window)
-        out, lse = cascade_forward(query, key, value, options)
-        grads = cascade_backward(out, query, key, value, out, lse, options)
-        assert library.name == f"varlen attention of torch {torch.__version__}"
-        for result, like in ((out, query), (grads[0], query), (grads[1], key), (grads[2], value)):
-            assert (result.shape, result.dtype, result.device) == (like.shape, like.dtype, like.device)
-        assert lse.shape == (4, layout.num_tokens) and lse.dtype == torch.float32
+    with FakeTensorMode(allow_non_fake_inputs=True), varlen.use("torch"):
+        inputs = [
+            torch.empty(layout.num_tokens, heads, 64, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2)
+        ]
+        query, key, value = inputs
+        out, lse = packed_attention(query, key, value, layout, window=window, return_lse=True, backend="cascade")
+        results = (out, *torch.autograd.grad(out.sum(), inputs))
+    for result, like in zip(results, (query, *inputs), strict=True):
+        assert (result.shape, result.dtype, result.device) == (like.shape, like.dtype, like.device)
+    assert lse.shape == (layout.num_tokens, 4) and lse.dtype == torch.float32
 
 
 def test_a_plan_of_fake_tensors_is_not_kept() -> None:
