@@ -28,8 +28,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from functools import cache
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -68,19 +66,21 @@ class Varlen(NamedTuple):
     """To what :func:`check_limits` says."""
 
 
-_asked: ContextVar[str | None] = ContextVar("varlen", default=None)
+_asked: str | None = None
+"""By :func:`use`. A plain global: torch.compile, which traces the choice of a backend, does not know context variables."""
 
 
 @contextmanager
 def use(name: str) -> Iterator[None]:
     """Inside, "torch", "flash_attn" or "stand-in" is the library, or nothing is. For comparisons and tests."""
+    global _asked
     if name not in _LIBRARIES:
         raise ValueError(f"no varlen library {name!r}; there are {', '.join(map(repr, _LIBRARIES))}")
-    token = _asked.set(name)
+    before, _asked = _asked, name
     try:
         yield
     finally:
-        _asked.reset(token)
+        _asked = before
 
 
 def missing(device: torch.device | str) -> str | None:
@@ -104,7 +104,7 @@ def lacks(name: str, device: torch.device | str) -> str | None:
         return None
     if kind != "cuda":
         return f"varlen attention of torch and flash-attn runs on CUDA and ROCm tensors, not on {kind}"
-    return _torch_lacks() if name == "torch" else _flash_attn_lacks(_installed("flash_attn"))
+    return _LACKS[name]
 
 
 def check_limits(varlen: Varlen, query: Tensor, num_sequences: int) -> None:
@@ -129,8 +129,7 @@ def check_limits(varlen: Varlen, query: Tensor, num_sequences: int) -> None:
 
 def _candidates() -> tuple[str, ...]:
     """torch first: it is always there, and FlashAttention-3 can be put into it."""
-    asked = _asked.get()
-    return ("torch", "flash_attn") if asked is None else (asked,)
+    return ("torch", "flash_attn") if _asked is None else (_asked,)
 
 
 def _version(text: str) -> tuple[int, int]:
@@ -148,7 +147,6 @@ def _torch_lacks() -> str | None:
     return None
 
 
-@cache
 def _installed(package: str) -> str | None:
     try:
         return metadata.version(package)
@@ -179,8 +177,8 @@ def _torch_forward(
         causal,
         False,  # debug mask
         scale=scale,
-        window_size_left=None if window is None else window - 1,
-        window_size_right=None if window is None else 0,
+        window_size_left=-1 if window is None else window - 1,
+        window_size_right=0 if causal else -1,
     )
     return out, _checked_lse(lse, query)
 
@@ -197,7 +195,7 @@ def _torch_backward(
     scale: float,
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    no_dropout = torch.empty(2, dtype=torch.uint64, device=query.device)
+    no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device)
     dq, dk, dv = torch.ops.aten._flash_attention_backward(
         grad_out,
         query,
@@ -214,8 +212,8 @@ def _torch_backward(
         no_dropout,
         torch.empty(0, device=query.device),
         scale=scale,
-        window_size_left=None if window is None else window - 1,
-        window_size_right=None if window is None else 0,
+        window_size_left=-1 if window is None else window - 1,
+        window_size_right=0 if causal else -1,
     )
     return dq, dk, dv
 
@@ -295,10 +293,13 @@ def _checked_lse(lse: Tensor, query: Tensor) -> Tensor:
     return lse
 
 
+_FLASH_ATTN = _installed("flash_attn")
+_LACKS = {"torch": _torch_lacks(), "flash_attn": _flash_attn_lacks(_FLASH_ATTN)}
+"""What keeps each from running on a GPU."""
 _LIBRARIES: dict[str, Callable[[], Varlen]] = {
     "torch": lambda: Varlen(f"varlen attention of torch {torch.__version__}", _torch_forward, _torch_backward, True),
     "flash_attn": lambda: Varlen(
-        f"varlen attention of flash-attn {_installed('flash_attn')}", _flash_attn_forward, _flash_attn_backward, True
+        f"varlen attention of flash-attn {_FLASH_ATTN}", _flash_attn_forward, _flash_attn_backward, True
     ),
     "stand-in": lambda: Varlen("the stand-in for varlen attention", stand_in_forward, stand_in_backward, False),
 }

@@ -60,7 +60,7 @@ def cascade_forward(query: Tensor, key: Tensor, value: Tensor, options: Options)
             _take(query, rows), _take(key, key_rows), _take(value, key_rows), sequences, False, options.scale, None
         )
         own_lse = _take(lse, rows, 1)
-        weight_NH1 = torch.sigmoid(part_lse - own_lse).t()[..., None]
+        weight_NH1 = torch.sigmoid(part_lse - own_lse).t().unsqueeze(2)
         _put_(out, rows, torch.lerp(_take(out, rows).to(dtype), part.to(dtype), weight_NH1))
         _put_(lse, rows, torch.logaddexp(own_lse, part_lse), 1)
     return out.to(query.dtype), lse
