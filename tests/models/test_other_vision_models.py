@@ -197,11 +197,14 @@ def test_images_that_do_not_belong_to_the_prompt_or_the_model_are_named(packing:
         encode_images(model, tree.prompt.images)
 
 
-def test_an_image_over_two_segments_is_refused() -> None:
-    model, prompt = make_vision_model("gemma3"), image_trees("gemma3")[0].prompt
+@pytest.mark.parametrize(
+    ("kind", "reason"), [("llava", "an image must lie in one segment"), ("gemma3", "image tokens see one another")]
+)
+def test_an_image_over_two_segments_is_refused(kind: str, reason: str) -> None:
+    model, prompt = make_vision_model(kind), image_trees(kind)[0].prompt
     check_prompt_images(model, prompt)
     layout = PackedLayout.from_segments([5, len(prompt) - 5], [-1, 0])
-    with pytest.raises(ValueError, match="an image must lie in one segment|crosses"):
+    with pytest.raises(ValueError, match=reason):
         packed_hidden(model, prompt.input_ids, layout, prompt.images, prompt.token_types)
 
 
