@@ -86,9 +86,9 @@ def make_frames(kind: str, key: str, frames: int = 1) -> EncodedImage:
     """An image whose pixels are a function of its key; of several frames for the models that cut images in tiles."""
     generator = torch.Generator().manual_seed(sum(key.encode()) + 1000 * len(key))
     pixels = torch.randn(frames, 3, SIDE, SIDE, generator=generator)
-    mask = torch.ones(frames, SIDE, SIDE, dtype=torch.long) if kind in ("idefics3", "smolvlm") else None
+    mask = torch.ones(frames, SIDE, SIDE, dtype=torch.bool) if kind in ("idefics3", "smolvlm") else None
     if mask is not None and key.startswith("padded"):
-        mask[-1, SIDE - PATCH :] = 0
+        mask[-1, SIDE - PATCH :] = False
         pixels[-1, :, SIDE - PATCH :] = 0.0
     return EncodedImage(key, pixels, num_tokens=frames * FRAME_TOKENS[kind], pixel_attention_mask=mask)
 
