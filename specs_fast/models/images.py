@@ -93,6 +93,19 @@ def encode_images(model: PreTrainedModel, images: Sequence[EncodedImage]) -> Ima
     return ImageFeatures(keys, pooled, levels, output_type, joined=model.config.model_type == "gemma3")
 
 
+def visibility_kwargs(model: PreTrainedModel, token_types_BL: Tensor) -> dict[str, Tensor]:
+    """Keyword arguments that tell an unpacked forward which tokens are image tokens, for models that need to know.
+
+    token_types_BL: int64 ``[B, L]``, 1 for image tokens and 0 elsewhere. Empty for models whose image tokens are causal.
+    """
+    return {"token_type_ids": token_types_BL.to(model.device)} if images_see_both_ways(model) else {}
+
+
+def images_see_both_ways(model: PreTrainedModel) -> bool:
+    """Whether an image token sees the later tokens of its own run of image tokens (Gemma-3), not only the earlier ones."""
+    return bool(model.config.model_type == "gemma3")
+
+
 def _encode_patches(model: PreTrainedModel, images: list[EncodedImage]) -> tuple[dict[str, Features], type]:
     """Run the tower of a Qwen-VL model on distinct images."""
     encoded: dict[str, Features] = {}

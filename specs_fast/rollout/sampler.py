@@ -17,8 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from specs_fast.data.types import Completion, EncodedPrompt
-from specs_fast.models.forest import opens_images
-from specs_fast.models.images import ImageFeatures, encode_images
+from specs_fast.models.images import ImageFeatures, encode_images, visibility_kwargs
 from specs_fast.models.positions import check_position_limit, check_prompt_images, segment_positions, uses_mrope
 from specs_fast.rollout.draw import Truncation, draw, row_uniforms
 
@@ -229,7 +228,7 @@ class Sampler:
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
-            **({"token_type_ids": types_PL.to(device)} if opens_images(model) else {}),
+            **visibility_kwargs(model, types_PL),
             **(features.model_kwargs(images) if features is not None else {}),
         ).logits[:, -1]
         next_P = positions[:, :, -1].amax(0) + 1

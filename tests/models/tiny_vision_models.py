@@ -14,6 +14,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedModel,
+    SiglipVisionConfig,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
 )
@@ -55,6 +56,13 @@ def make_vision_model(kind: str, *, seed: int = 0) -> PreTrainedModel:
         vision = CLIPVisionConfig(**{**_VISION, "num_hidden_layers": 3}, projection_dim=16)
         model = LlavaForConditionalGeneration(
             LlavaConfig(text_config={"model_type": "llama", **_TEXT}, vision_config=vision, image_token_index=IMAGE)
+        )
+    elif kind == "llava of SigLIP and Qwen2":
+        tower = SiglipVisionConfig(**_VISION, vision_use_head=False)
+        text = {**_TEXT, "model_type": "qwen2"}
+        tower_features = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+        model = LlavaForConditionalGeneration(
+            LlavaConfig(text_config=text, vision_config=tower, image_token_index=IMAGE, **tower_features)
         )
     elif kind in ("idefics3", "smolvlm"):
         config_class = Idefics3Config if kind == "idefics3" else SmolVLMConfig
