@@ -20,11 +20,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from specs_fast.models.load import vision_tower
+from specs_fast.models.load import text_module, vision_tower
 from specs_kernels import PackedLayout, packed_attention
 
 TEXT = "specs_packed"
 VISION = "specs_flash_vision"
+# Keywords that reach an attention layer and do not change what it computes.
+_NO_EFFECT = (
+    "position_ids",
+    "cache_position",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "num_items_in_batch",
+    "return_dict",
+)
 
 
 def packed_text_attention(
@@ -43,8 +54,9 @@ def packed_text_attention(
 ) -> tuple[Tensor, None]:
     """Attention of one packed row: query ``[1,H,T,D]``, key and value ``[1,Hkv,T,D]`` -> ``[1,T,H,D]``, no weights.
 
-    Raises ValueError for a call without a layout, a batch of rows, a padding mask, dropout, attention sinks or a position bias:
-    what the packed op does not compute must not be left out silently.
+    Raises ValueError for a call without a layout, a batch of rows, a padding mask, dropout, and any keyword that is not known
+    to leave attention as it is (sinks, a position bias, a selection of keys): what the packed op does not compute must not be
+    left out silently.
     """
     name = type(module).__name__
     if layout is None:
@@ -57,8 +69,8 @@ def packed_text_attention(
         )
     if dropout != 0.0:
         raise ValueError(f"{name}: packed attention has no dropout, got {dropout}; put the model in eval mode")
-    for extra in ("s_aux", "sinks", "position_bias"):
-        if kwargs.get(extra) is not None:
+    for extra, given in kwargs.items():
+        if given is not None and extra not in _NO_EFFECT and not (extra == "is_causal" and given is True):
             raise ValueError(f"{name}: packed attention does not support {extra}; set packing: none")
     # Under autocast the rotary embedding leaves query and key in fp32; like PyTorch's own attention, all three are cast.
     kind = query.device.type
@@ -147,12 +159,6 @@ AttentionInterface.register(TEXT, packed_text_attention)
 AttentionMaskInterface.register(TEXT, _no_mask)
 AttentionInterface.register(VISION, vision_varlen_attention)
 AttentionMaskInterface.register(VISION, _no_mask)
-
-
-def text_module(model: PreTrainedModel) -> nn.Module:
-    """The text stack of a vision-language model, the base model of a language model."""
-    base = model.base_model
-    return getattr(base, "language_model", base)
 
 
 @contextmanager

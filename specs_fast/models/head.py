@@ -16,6 +16,8 @@ _MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
 _DIVISORS = ("logits_scaling",)
 _MULTIPLIED_BY_DIVISOR = ("hyperclovax",)
 """Model types that multiply their logits by the entry that the others divide them by."""
+_IGNORE_SOFTCAP = ("gemma3",)
+"""Model types whose text configuration may hold a soft cap that their vision-language head does not apply."""
 # Configuration entries that name logits and do not touch the language-model head's output.
 _UNRELATED = re.compile(
     r"router|attn|attention|attentive|output_logits|num_logits_to_keep|logit_scale_init|contrastive|auxiliary"
@@ -66,7 +68,7 @@ def logit_transform(model: PreTrainedModel) -> tuple[float | None, float]:
         if not _LOGIT_ENTRY.search(entry) or value is None or isinstance(value, bool) or _UNRELATED.search(entry):
             continue
         if entry == _SOFTCAP:
-            softcap = float(value)
+            softcap = None if model.config.model_type in _IGNORE_SOFTCAP else float(value)
         elif entry in _MULTIPLIERS or (entry in _DIVISORS and config.model_type in _MULTIPLIED_BY_DIVISOR):
             scale *= float(value)
         elif entry in _DIVISORS:

@@ -19,10 +19,11 @@ from transformers import PreTrainedModel
 from specs_fast.data.types import EncodedImage, Scores, Tree
 from specs_fast.models.forest import packed_hidden
 from specs_fast.models.head import head_of
-from specs_fast.models.images import encode_images
+from specs_fast.models.images import encode_images, visibility_kwargs
 from specs_fast.models.load import image_token_id
 from specs_fast.models.modes import scoring_mode
 from specs_fast.models.positions import check_prompt_images, segment_positions, uses_mrope
+from specs_fast.models.support import check_scorable
 from specs_kernels import PackedLayout, linear_logprob
 
 Packing = Literal["shared", "none"]
@@ -136,11 +137,14 @@ def _padded(model: PreTrainedModel, trees: Sequence[Tree]) -> tuple[Tensor, Tens
     device = model.device
     rows = [(tree, response) for tree in trees for response in tree.responses if response.shape[0] > 0]
     longest = max(len(tree.prompt) + int(response.shape[0]) for tree, response in rows) - 1
+    check_scorable(model, longest)
     input_ids_BL = torch.full((len(rows), longest), _pad_token_id(model), dtype=torch.long)
+    token_types_BL = torch.zeros_like(input_ids_BL)
     predictors: list[Tensor] = []
     for row, (tree, response) in enumerate(rows):
         prompt, total = len(tree.prompt), len(tree.prompt) + int(response.shape[0]) - 1
         input_ids_BL[row, :prompt] = tree.prompt.input_ids
+        token_types_BL[row, :prompt] = tree.prompt.token_types
         input_ids_BL[row, prompt:total] = response[:-1]
         predictors.append(torch.arange(prompt - 1, total) + row * longest)
     row_images = [image for tree, _ in rows for image in tree.prompt.images]
@@ -150,6 +154,7 @@ def _padded(model: PreTrainedModel, trees: Sequence[Tree]) -> tuple[Tensor, Tens
             input_ids=input_ids_BL.to(device),
             position_ids=_padded_positions(model, [tree for tree, _ in rows], longest).to(device),
             use_cache=False,
+            **visibility_kwargs(model, token_types_BL),
             **(features.model_kwargs(row_images) if features is not None else {}),
         )
     return output.last_hidden_state.flatten(0, 1), torch.cat(predictors).to(device)

@@ -11,6 +11,10 @@ from transformers import (
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3Config,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
     GraniteConfig,
     GraniteForCausalLM,
     HyperCLOVAXConfig,
@@ -61,6 +65,18 @@ def test_padded_scores_honour_what_the_model_does_to_its_logits(model: PreTraine
     torch.testing.assert_close(scores.entropy, entropy, atol=1e-5, rtol=0)
     got = weighted_gradients(model, scores.logp)
     assert relative_error(got, weighted_gradients(model, expected)) < 1e-5
+
+
+def test_soft_cap_of_gemma3_is_applied_where_its_head_applies_it() -> None:
+    """The language model caps its logits, the vision-language model with the same text configuration does not."""
+    text = {**_SMALL, "head_dim": 8, "final_logit_softcapping": 2.0}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(text_config=text, vision_config={**vision, "image_size": 8, "patch_size": 4})
+    models = [Gemma3ForCausalLM(Gemma3TextConfig(**text)), Gemma3ForConditionalGeneration(config)]
+    assert [head_of(model).softcap for model in models] == [2.0, None]
+    for model in models:
+        largest = _randomised(model)(input_ids=torch.arange(1, 20)[None]).logits.abs().max()
+        assert (largest <= 2.0) == (head_of(model).softcap is not None)
 
 
 def test_head_bias_is_used_and_gets_a_gradient() -> None:

@@ -6,12 +6,13 @@ import pytest
 import torch
 from forests import random_forest, separate_forest_logp
 from separate_runs import relative_error, separate_scores, weighted_gradients
-from tiny_models import MODELS, VISION_MODELS, make_image, make_model, make_prompt, mixed_trees, text_ids
+from tiny_models import MODELS, make_image, make_model, make_prompt, mixed_trees, text_ids
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from specs_fast.data.types import Tree
 from specs_fast.models import packed_hidden, score
+from specs_fast.models.head import head_of
 from specs_fast.models.load import enable_gradient_checkpointing
 from specs_kernels import PackedLayout, linear_logprob
 
@@ -24,7 +25,8 @@ def packed_forest_logp(model: PreTrainedModel, forest) -> Tensor:  # noqa: ANN00
     images = [image for segment in forest.images for image in segment]
     hidden = packed_hidden(model, ids, layout, images, torch.cat(forest.token_types))
     target = torch.where(layout.predictor_index >= 0, ids, -100)
-    logp = linear_logprob(hidden, model.get_output_embeddings().weight, target, rows=layout.predictor_index).logp
+    head = head_of(model)
+    logp = linear_logprob(hidden, head.weight_VD, target, softcap=head.softcap, rows=layout.predictor_index).logp
     return logp[layout.predictor_index >= 0]
 
 
@@ -71,8 +73,42 @@ def test_sliding_window_layers_equal_separate_runs(kind: str, packing: str) -> N
     assert relative_error(weighted_gradients(model, scores.logp), weighted_gradients(model, logp)) < TOLERANCE
 
 
+OPTIONS = [
+    ("mistral", "sliding_window", 512),
+    ("gemma2", "sliding_window", 512),
+    ("gemma2", "attn_logit_softcapping", None),
+    ("gemma2", "final_logit_softcapping", None),
+    ("gemma2", "query_pre_attn_scalar", 16),
+    ("gemma3_text", "sliding_window", 512),
+    ("gemma3_text", "layer_types", ["sliding_attention", "sliding_attention", "full_attention"]),
+]
+
+
+@pytest.mark.parametrize("kind, option, value", OPTIONS, ids=[f"{kind}-{option}" for kind, option, _ in OPTIONS])
+def test_options_of_the_tiny_models_matter(kind: str, option: str, value: object) -> None:
+    """What the comparison with separate runs holds, these models use: with the option changed, log-probs are others."""
+    trees = mixed_trees(kind)
+    changed, plain = make_model(kind, **{option: value}), make_model(kind)
+    with torch.no_grad():
+        difference = score(changed, trees, packing="shared").logp - score(plain, trees, packing="shared").logp
+    assert difference.abs().max() > 0.01
+
+
+@pytest.mark.parametrize("window", [2, 5, 20, 25])
+@pytest.mark.parametrize("kind", ["mistral", "gemma2", "gemma3_text"])
+def test_windows_across_the_prompt_boundary(kind: str, window: int) -> None:
+    """Windows that end in the response, reach back into the prompt, and cover it but for its first tokens."""
+    model, generator = make_model(kind, sliding_window=window), torch.Generator().manual_seed(1)
+    prompt = make_prompt("long", [20], [], generator)
+    trees = [Tree(prompt, tuple(text_ids(length, generator) for length in (11, 0, 1, 8)))]
+    expected = separate_scores(model, trees)[0]
+    logp = score(model, trees, packing="shared").logp
+    torch.testing.assert_close(logp, expected, atol=TOLERANCE, rtol=0)
+    assert relative_error(weighted_gradients(model, logp), weighted_gradients(model, expected)) < TOLERANCE
+
+
 @pytest.mark.parametrize("packing", ["shared", "none"])
-@pytest.mark.parametrize("kind", [*VISION_MODELS, "qwen3"])
+@pytest.mark.parametrize("kind", MODELS)
 def test_gradient_checkpointing_changes_nothing_and_recomputes_every_layer(kind: str, packing: str) -> None:
     model, trees = make_model(kind), mixed_trees(kind)
     calls: list[str] = []

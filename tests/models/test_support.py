@@ -1,98 +1,33 @@
-"""Models that cannot be packed say which layer is in the way, and what to set."""
+"""Models that cannot be packed say which layer or setting is in the way, and what to set."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from refused_models import REFUSED, linear_attention, mamba, refusal
 from separate_runs import separate_scores
-from tiny_models import MODELS, make_model, mixed_trees
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GptOssConfig,
-    GptOssForCausalLM,
-    MambaConfig,
-    MambaForCausalLM,
-    PreTrainedModel,
-    Qwen3NextConfig,
-    Qwen3NextForCausalLM,
-)
+from tiny_models import MODELS, make_model, mixed_trees, text_ids
 
+from specs_fast.data.types import Tree
 from specs_fast.models import score
-from specs_fast.models.support import check_packable
-
-_SMALL = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-}
+from specs_fast.models.support import PACKABLE, check_packable
 
 
-def _mamba() -> PreTrainedModel:
-    return MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4))
-
-
-def _linear_attention() -> PreTrainedModel:
-    return Qwen3NextForCausalLM(
-        Qwen3NextConfig(
-            **_SMALL,
-            layer_types=["linear_attention", "full_attention"],
-            linear_key_head_dim=8,
-            linear_value_head_dim=8,
-            linear_num_key_heads=2,
-            linear_num_value_heads=2,
-            num_experts=2,
-            num_experts_per_tok=1,
-            moe_intermediate_size=16,
-            shared_expert_intermediate_size=16,
-        )
-    )
-
-
-def _sinks() -> PreTrainedModel:
-    return GptOssForCausalLM(GptOssConfig(**_SMALL, num_local_experts=2, num_experts_per_tok=1))
-
-
-def _not_compared() -> PreTrainedModel:
-    return Gemma2ForCausalLM(Gemma2Config(**_SMALL))
-
-
-@pytest.mark.parametrize(
-    ("build", "reason"),
-    [
-        (_mamba, r"layer 'layers\.0' is a MambaBlock"),
-        (_linear_attention, r"layer 'layers\.0\.linear_attn' is a Qwen3NextGatedDeltaNet"),
-        (_sinks, r"layer 'layers\.0\.self_attn' has attention sinks"),
-        (_not_compared, r"model type 'gemma2' has not been compared"),
-    ],
-)
-def test_model_that_cannot_be_packed_names_the_layer_and_the_setting(build, reason: str) -> None:  # noqa: ANN001
-    model, trees = build().eval(), mixed_trees("qwen3")
-    with pytest.raises(ValueError, match=reason) as error:
-        score(model, trees, packing="shared")
+@pytest.mark.parametrize("name", REFUSED)
+def test_model_that_cannot_be_packed_names_what_is_in_the_way_and_the_setting(name: str) -> None:
+    with pytest.raises(ValueError) as error:
+        score(refusal(name), mixed_trees("qwen3"), packing="shared")
+    assert REFUSED[name][1] in str(error.value)
     assert "packing: none" in str(error.value)
 
 
-@pytest.mark.parametrize("build", [_mamba, _linear_attention], ids=["mamba", "linear-attention"])
+@pytest.mark.parametrize("build", [mamba, linear_attention], ids=["mamba", "linear-attention"])
 def test_models_with_recurrent_layers_have_the_padded_path(build) -> None:  # noqa: ANN001
     torch.manual_seed(0)
     model, trees = build().eval(), mixed_trees("qwen3")
     with torch.no_grad():
         expected, _ = separate_scores(model, trees)
         torch.testing.assert_close(score(model, trees, packing="none").logp, expected, atol=1e-5, rtol=0)
-
-
-def test_other_kinds_of_attention_are_refused() -> None:
-    model = make_model("qwen3")
-    model.config.layer_types = ["full_attention", "chunked_attention", "full_attention"]
-    with pytest.raises(ValueError, match=r"layer 1 is 'chunked_attention'.*packing: none"):
-        check_packable(model)
 
 
 def test_model_off_the_attention_interface_is_refused() -> None:
@@ -105,3 +40,46 @@ def test_model_off_the_attention_interface_is_refused() -> None:
 @pytest.mark.parametrize("kind", MODELS)
 def test_compared_models_are_packable(kind: str) -> None:
     check_packable(make_model(kind))
+
+
+def test_every_packable_type_is_compared() -> None:
+    assert {make_model(kind).config.model_type for kind in MODELS} == set(PACKABLE)
+
+
+def test_text_stack_that_was_not_compared_is_refused() -> None:
+    model = make_model("qwen3_vl")
+    model.config.text_config.model_type = "olmo"
+    with pytest.raises(ValueError, match="model type 'olmo' has not been compared"):
+        check_packable(model)
+
+
+@pytest.mark.parametrize("packing", ["shared", "none"])
+@pytest.mark.parametrize(
+    "kind, entry, value",
+    [("gemma3_text", "use_bidirectional_attention", True), ("llama", "is_causal", False)],
+)
+def test_text_that_attends_to_later_text_is_refused_in_both_packings(
+    kind: str, entry: str, value: bool, packing: str
+) -> None:
+    model = make_model(kind)
+    setattr(model.config, entry, value)
+    with pytest.raises(ValueError, match=f"{entry} is {value}, so its tokens attend to the ones they predict"):
+        score(model, mixed_trees(kind), packing=packing)
+
+
+@pytest.mark.parametrize("packing", ["shared", "none"])
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_frequencies_that_follow_the_longest_sequence_are_refused_beyond_their_limit(
+    rope_type: str, packing: str
+) -> None:
+    rope = {"rope_type": rope_type, "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 14}
+    factors = {"long_factor": [9.0] * 4, "short_factor": [1.0] * 4} if rope_type == "longrope" else {}
+    model = make_model("llama", rope_parameters={**rope, **factors}, max_position_embeddings=14 if not factors else 56)
+    trees = mixed_trees("llama")  # the longest path has 8 + 3 or 7 + 6 tokens, of which the last predicts nothing
+    torch.testing.assert_close(
+        score(model, trees, packing=packing).logp, separate_scores(model, trees)[0], atol=1e-5, rtol=0
+    )
+    generator = torch.Generator().manual_seed(0)
+    longer = Tree(trees[0].prompt, (text_ids(9, generator), text_ids(2, generator)))
+    with pytest.raises(ValueError, match=rf"rope_type '{rope_type}'.* here 15 tokens .* keep them within 14"):
+        score(model, [longer], packing=packing)

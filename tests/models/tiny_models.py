@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -13,6 +21,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
@@ -53,7 +63,29 @@ _VISION = {
     "out_hidden_size": 32,
 }
 
-LANGUAGE_MODELS = ("qwen3", "qwen2", "llama")
+_MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 4}
+# Windows are shorter than the test prompts and their responses, and both soft caps are in reach of the scores.
+_GEMMA2 = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
+_GEMMA3_ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
+}
+_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
+_LANGUAGE: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 8}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
+    "llama": (LlamaForCausalLM, LlamaConfig, {}),
+    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": 4}),
+    "gemma2": (Gemma2ForCausalLM, Gemma2Config, {"head_dim": 16, "query_pre_attn_scalar": 12, **_MIXED, **_GEMMA2}),
+    "gemma3_text": (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        {"head_dim": 16, "query_pre_attn_scalar": 12, **_MIXED, "rope_parameters": _GEMMA3_ROPE},
+    ),
+    "qwen3_moe": (Qwen3MoeForCausalLM, Qwen3MoeConfig, {"head_dim": 8, **_MOE}),
+}
+
+LANGUAGE_MODELS = tuple(_LANGUAGE)
 VISION_MODELS = ("qwen2_5_vl", "qwen3_vl")
 MODELS = VISION_MODELS + LANGUAGE_MODELS
 
@@ -63,12 +95,9 @@ def make_model(kind: str, *, seed: int = 0, **overrides: object) -> PreTrainedMo
     torch.manual_seed(seed)
     text = {**_TEXT, **overrides}
     model: PreTrainedModel
-    if kind == "qwen3":
-        model = Qwen3ForCausalLM(Qwen3Config(**text, head_dim=8))
-    elif kind == "qwen2":
-        model = Qwen2ForCausalLM(Qwen2Config(**text))
-    elif kind == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**text))
+    if kind in _LANGUAGE:
+        model_class, config_class, own = _LANGUAGE[kind]
+        model = model_class(config_class(**{**_TEXT, **own, **overrides}))
     elif kind == "qwen2_5_vl":
         rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}
         vision = {**_VISION, "window_size": 16, "fullatt_block_indexes": [1], "tokens_per_second": 2}
