@@ -170,7 +170,8 @@ class GRPOConfig:
         "grpo", "dr_grpo".
     scale_rewards: divide advantages by the standard deviation of the "group" (paper's GRPO) or the "batch", or "none".
     micro_batch_tokens: tokens of one forward and backward, prompts and responses together; bounds memory, and changes
-        the result with "bnpo" only, which averages over each micro-batch by itself.
+        the result with "bnpo" only, which averages over each micro-batch by itself. A prompt whose responses exceed it is
+        split by responses.
     log_completions_every: rollout batches between logged samples of completions.
     sampling: see SamplingConfig.
     """
@@ -277,7 +278,8 @@ class DPOConfig:
     nll_weight: weight of the SFT term, the paper's lambda: 1.
     nll_mode: "sequence" (mean of per-response token means: LLaMA-Factory's, so the paper's) or "token" (mean over all
         tokens: TRL's).
-    micro_batch_tokens: tokens of one forward and backward; bounds memory, never changes the result.
+    micro_batch_tokens: tokens of one forward and backward; bounds memory, never changes the result. A pair that exceeds
+        it is a micro-batch of its own.
     """
 
     optim: OptimConfig

@@ -28,7 +28,7 @@ def test_pictures_of_the_page_exist(path: Path) -> None:
 def test_committed_results_carry_their_provenance() -> None:
     paths = [
         path
-        for op in ("linear_logprob", "selective_logprob", "packed_attention")
+        for op in ("linear_logprob", "selective_logprob", "packed_attention", "update")
         for path in tables.RESULTS.glob(f"*/{op}.json")
     ]
     for path in paths:
