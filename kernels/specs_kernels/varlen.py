@@ -20,6 +20,7 @@ results are that softmax's gradients through these keys.
 
 Kernels of both libraries take fp16 and bf16, heads of at most 256 in multiples of 8, and sum in fp32; they round p and ds to the
 inputs' dtype as operands, and with fewer key than query heads dk and dv of every query head before these are added up.
+Where a score is NaN, out is NaN, and lse is NaN or, from FlashAttention-2, inf.
 Deterministic backward: under ``torch.use_deterministic_algorithms(True)``, otherwise dq (in FlashAttention-3 also dk and dv) is
 summed by atomics. Under ``warn_only=True`` torch's FlashAttention-2 warns and stays as it is.
 """
