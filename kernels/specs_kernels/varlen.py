@@ -15,14 +15,14 @@ results are that softmax's gradients through these keys.
     ``torch.nn.attention.activate_flash_attention_impl`` put in its place ("FA3", "FA4"). NVIDIA. The ops are private: their
     signatures are known for torch 2.11 to 2.13, other versions are refused.
 "flash_attn": the package flash-attn, 2.7 and 2.8, NVIDIA and AMD (not its Triton kernels for AMD, which pass over a window in
-    silence and lay lse out otherwise); taken where torch's cannot run.
+    silence); taken where torch's cannot run.
 "stand-in": the contract in plain PyTorch, on any device, slow; for tests, by :func:`use` alone.
 
 Kernels of both libraries take fp16 and bf16, heads of at most 256 in multiples of 8, and sum in fp32; they round p and ds to the
 inputs' dtype as operands, and with fewer key than query heads dk and dv of every query head before these are added up.
 Where a score is NaN, out is NaN, and lse is NaN or, from FlashAttention-2, inf.
-Deterministic backward: under ``torch.use_deterministic_algorithms(True)``, otherwise dq (in FlashAttention-3 also dk and dv) is
-summed by atomics. Under ``warn_only=True`` torch's FlashAttention-2 warns and stays as it is.
+Deterministic backward: under ``torch.use_deterministic_algorithms(True)``; otherwise dq, at least, is summed by
+atomics. Under ``warn_only=True`` torch's FlashAttention-2 warns and stays as it is.
 """
 
 from __future__ import annotations
