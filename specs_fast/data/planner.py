@@ -7,8 +7,7 @@ Letters: B trees, S responses of all trees, I parts (whole trees, or pieces of s
 
 from __future__ import annotations
 
-import heapq
-from collections import deque
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-Ints = NDArray[np.int64]
+from specs_fast.data.bins import Ints, best_fit, divided, fill_rows, next_fit, spread
+
 MAX_LENGTH = 2**31 - 1
 
 
@@ -102,14 +102,12 @@ def plan(
 
     Deterministic: equal lengths are taken in the order of trees. O(S + I log I) but for inserts into a sorted list of bins.
 
-    ValueError for a budget or ``multiple_of`` below 1, an unknown packing, lengths that are no integers of 0 to 2^31 - 1, and
-    numbers of entries that do not match.
+    ValueError for a budget or ``multiple_of`` that is no integer of at least 1, an unknown packing, lengths that are no integers
+    of 0 to 2^31 - 1 or whose pairs may not fit 64 bits, and numbers of entries that do not match.
     """
     if packing not in ("shared", "none"):
         raise ValueError(f"packing is {packing!r}; allowed: 'shared', 'none'")
-    for name, value in (("max_tokens", max_tokens), ("multiple_of", multiple_of)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
+    max_tokens, multiple_of = _count("max_tokens", max_tokens), _count("multiple_of", multiple_of)
     trees = _Trees.checked(prompt_lengths, num_responses, response_lengths)
     shared = packing == "shared"
     parts, split = _parts(trees, max_tokens, shared=shared, keep_whole=keep_whole)
@@ -158,7 +156,24 @@ class _Trees:
             )
         if num_B.sum() != len(response_S):
             raise ValueError(f"num_responses sum to {num_B.sum()}, but response_lengths has {len(response_S)} entries")
+        longest = int(prompt_B.max(initial=0)) + int(response_S.max(initial=0))
+        rows = len(prompt_B) + len(response_S)
+        if rows * (longest + 1) ** 2 >= 2**63:
+            raise ValueError(
+                f"{rows} rows of up to {longest} tokens: their (query, key) pairs may not fit 64 bits; plan fewer at a time"
+            )
         return _Trees(prompt_B, num_B, response_S, np.cumsum(num_B) - num_B)
+
+
+def _count(name: str, value: int) -> int:
+    """The value as a Python integer of at least 1."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+    return count
 
 
 def _integers(name: str, values: ArrayLike) -> Ints:
@@ -244,9 +259,9 @@ def _split(tree: int, trees: _Trees, max_tokens: int, *, shared: bool) -> list[P
     order = np.argsort(-lengths, kind="stable").tolist()
     sizes = lengths[order].tolist()
     bins = (
-        _best_fit(sizes, max_tokens - prompt)
+        best_fit(sizes, max_tokens - prompt)
         if shared
-        else _fill_rows([1] * len(sizes), [prompt + size for size in sizes], max_tokens)
+        else fill_rows([1] * len(sizes), [prompt + size for size in sizes], max_tokens)
     )
     groups: list[list[int]] = [[] for _ in range(max(bins) + 1)]
     for response, index in sorted(zip(order, bins, strict=True)):
@@ -260,147 +275,23 @@ def _packed(order: Ints, costs: _Costs, max_tokens: int, num_alone: int, multipl
     best, plain = np.empty(len(order), np.int64), np.empty(len(order), np.int64)
     rows, longest, tokens = costs.rows[order], costs.longest[order], costs.tokens[order]
     if shared:
-        best[:] = _best_fit(tokens.tolist(), max_tokens)
-        plain[in_order] = _next_fit(tokens[in_order].tolist(), max_tokens)
+        best[:] = best_fit(tokens.tolist(), max_tokens)
+        plain[in_order] = next_fit(tokens[in_order].tolist(), max_tokens)
     else:
-        best[:] = _fill_rows(rows.tolist(), longest.tolist(), max_tokens)
-        plain[in_order] = _fill_rows(rows[in_order].tolist(), longest[in_order].tolist(), max_tokens)
+        best[:] = fill_rows(rows.tolist(), longest.tolist(), max_tokens)
+        plain[in_order] = fill_rows(rows[in_order].tolist(), longest[in_order].tolist(), max_tokens)
     chosen = min(best, plain, key=lambda bins: bins.max(initial=-1))
     fewest = int(chosen.max(initial=-1)) + 1
     count = -(-(fewest + num_alone) // multiple_of) * multiple_of - num_alone
     if count > fewest:
-        chosen = _divided(chosen, tokens, fewest, count)
+        chosen = divided(chosen, tokens, fewest, count)
     if not shared or count < 2:
         return chosen
     share = _share(tokens, costs.pairs[order])
-    even = _spread(share, tokens, count, max_tokens)
+    even = spread(share, tokens, count, max_tokens)
     if even is None:
         return chosen
     return min(chosen, even, key=lambda bins: np.bincount(bins, share, count).max())
-
-
-def _best_fit(sizes: Sequence[int], capacity: int) -> list[int]:
-    """A bin per size; sizes descend. Each goes where the least room is left after it, the bin that came to it first among equals.
-
-    A size above the capacity has a bin of its own.
-    """
-    rooms = _Rooms(capacity)
-    bins: list[int] = []
-    count = 0
-    for size in sizes:
-        room, index = rooms.take(size) or (capacity, count)
-        count += index == count
-        bins.append(index)
-        rooms.put(room - size, index)
-    return bins
-
-
-class _Rooms:
-    """Bins by the room that is left in them; the least room of at least a size is found in constant time.
-
-    Bit r of a word says that a bin with room r (its lower bits) is there, bit w of ``words`` that word w is not zero.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        self.shift = max(1, max(capacity, 0).bit_length() // 2)
-        self.low = (1 << self.shift) - 1
-        self.bits = [0] * ((max(capacity, 0) >> self.shift) + 1)
-        self.words = 0
-        self.bins: dict[int, deque[int]] = {}
-
-    def put(self, room: int, index: int) -> None:
-        """Room below zero is none."""
-        if room < 0:
-            return
-        self.bins.setdefault(room, deque()).append(index)
-        self.bits[room >> self.shift] |= 1 << (room & self.low)
-        self.words |= 1 << (room >> self.shift)
-
-    def take(self, size: int) -> tuple[int, int] | None:
-        """Room and index of the bin, which is taken out; None where no bin has room."""
-        word = size >> self.shift
-        if word >= len(self.bits):
-            return None
-        bits = self.bits[word] >> (size & self.low) << (size & self.low)
-        if not bits:
-            words = self.words >> (word + 1) << (word + 1)
-            if not words:
-                return None
-            word = (words & -words).bit_length() - 1
-            bits = self.bits[word]
-        room = (word << self.shift) + (bits & -bits).bit_length() - 1
-        index = self.bins[room].popleft()
-        if not self.bins[room]:
-            self.bits[word] ^= 1 << (room & self.low)
-            if not self.bits[word]:
-                self.words ^= 1 << word
-        return room, index
-
-
-def _next_fit(sizes: Sequence[int], capacity: int) -> list[int]:
-    """A bin per size: the last one as long as it has room."""
-    bins: list[int] = []
-    room, last = -1, -1
-    for size in sizes:
-        if size > room:
-            room, last = capacity, last + 1
-        room -= size
-        bins.append(last)
-    return bins
-
-
-def _fill_rows(rows: Sequence[int], longest: Sequence[int], capacity: int) -> list[int]:
-    """A bin per group of rows: the last one as long as all its rows, padded to the longest, fit."""
-    bins: list[int] = []
-    held, height, last = 0, 0, -1
-    for count, length in zip(rows, longest, strict=True):
-        held, height = held + count, max(height, length)
-        if last < 0 or held * height > capacity:
-            held, height, last = count, length, last + 1
-        bins.append(last)
-    return bins
-
-
-def _spread(share: NDArray[np.float64], tokens: Ints, count: int, capacity: int) -> Ints | None:
-    """The costliest part first, each into the cheapest of ``count`` bins that has room; None where one finds no room.
-
-    Looking past bins without room is given up after as many looks as there are parts, so the search stays short.
-    """
-    bins = np.empty(len(share), np.int64)
-    rooms = [capacity] * count
-    heap = [(0.0, index) for index in range(count)]
-    looks = len(share)
-    sizes, costs = tokens.tolist(), share.tolist()
-    for item in np.argsort(-share, kind="stable").tolist():
-        passed = []
-        while heap and rooms[heap[0][1]] < sizes[item] and looks:
-            passed.append(heapq.heappop(heap))
-            looks -= 1
-        if not heap or rooms[heap[0][1]] < sizes[item]:
-            return None
-        cost, index = heap[0]
-        heapq.heapreplace(heap, (cost + costs[item], index))
-        rooms[index] -= sizes[item]
-        bins[item] = index
-        for entry in passed:
-            heapq.heappush(heap, entry)
-    return bins
-
-
-def _divided(bins: Ints, tokens: Ints, fewest: int, count: int) -> Ints:
-    """The bins as ``count`` of them: every second part of the largest that has two goes to a new one, as often as possible."""
-    members = [np.flatnonzero(bins == index) for index in range(fewest)]
-    while len(members) < count:
-        divisible = [index for index, items in enumerate(members) if len(items) > 1]
-        if not divisible:
-            break
-        largest = max(divisible, key=lambda index: int(tokens[members[index]].sum()))
-        members.append(members[largest][1::2])
-        members[largest] = members[largest][::2]
-    divided = np.empty_like(bins)
-    for index, items in enumerate(members):
-        divided[items] = index
-    return divided
 
 
 def _largest_over_mean(values: Sequence[int]) -> float:
