@@ -112,8 +112,7 @@ def plan(
             raise ValueError(f"{name} is {value}; it must be at least 1")
     trees = _Trees.checked(prompt_lengths, num_responses, response_lengths)
     shared = packing == "shared"
-    parts, split = _parts(trees, max_tokens, shared=shared, keep_whole=keep_whole)
-    costs = _Costs.of(parts, trees, shared=shared)
+    parts, costs, split = _parts(trees, max_tokens, shared=shared, keep_whole=keep_whole)
     order = np.lexsort((-costs.pairs, -costs.longest, -costs.tokens) if shared else (-costs.rows, -costs.longest))
     over = costs.tokens[order] > max_tokens
     bin_I = np.empty(len(parts), np.int64)
@@ -224,17 +223,18 @@ def _share(tokens: Ints, pairs: Ints) -> Floats:
     return tokens / max(1, tokens.sum()) + pairs / max(1, pairs.sum())
 
 
-def _parts(trees: _Trees, max_tokens: int, *, shared: bool, keep_whole: bool) -> tuple[list[Part], int]:
-    """Parts in the order of trees and of their first responses, and how many trees are split."""
+def _parts(trees: _Trees, max_tokens: int, *, shared: bool, keep_whole: bool) -> tuple[list[Part], _Costs, int]:
+    """Parts in the order of trees and of their first responses, their costs, and how many trees are split."""
     every = {count: tuple(range(count)) for count in np.unique(trees.num_B).tolist()}
     whole = [Part(tree, every[count]) for tree, count in enumerate(trees.num_B.tolist())]
-    over_B = (_Costs.of(whole, trees, shared=shared).tokens > max_tokens) & (trees.num_B > 1)
+    costs = _Costs.of(whole, trees, shared=shared)
+    over_B = (costs.tokens > max_tokens) & (trees.num_B > 1)
     if keep_whole or not over_B.any():
-        return whole, 0
+        return whole, costs, 0
     parts: list[Part] = []
     for part, over in zip(whole, over_B.tolist(), strict=True):
         parts += _split(part.tree, trees, max_tokens, shared=shared) if over else [part]
-    return parts, int(over_B.sum())
+    return parts, _Costs.of(parts, trees, shared=shared), int(over_B.sum())
 
 
 def _split(tree: int, trees: _Trees, max_tokens: int, *, shared: bool) -> list[Part]:
