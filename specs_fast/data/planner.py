@@ -7,17 +7,17 @@ Letters: B trees, S responses of all trees, I parts (whole trees, or pieces of s
 
 from __future__ import annotations
 
-import heapq
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-Ints = NDArray[np.int64]
-MAX_LENGTH = 2**31 - 1
+from specs_fast.data.bin_packing import Floats, Ints, best_fit, divided, evened, fill_rows, next_fit, spread
+
+MAX_LENGTH = 2**24
+"""Sums of squares of this many tokens stay far below 2^63."""
 
 
 class Part(NamedTuple):
@@ -89,8 +89,8 @@ def plan(
     packing "shared": a tree of P prompt tokens and responses R_i counts P + sum R_i tokens and sees
     P (P + 1) / 2 + sum (R_i P + R_i (R_i + 1) / 2) pairs. Trees are placed best fit decreasing, which needs at most 11/9 of the
     fewest micro-batches plus one, or in their own order where that needs fewer. Then the same number is filled again, the
-    costliest tree first, each into the cheapest micro-batch with room; that one is taken if its largest cost is smaller. A
-    tree's cost is its share of all tokens plus its share of all pairs.
+    costliest tree first, each into the cheapest micro-batch with room, and taken if its largest cost is smaller; and trees move
+    or change places as long as that lowers the largest cost (a tree's share of all tokens plus its share of all pairs).
 
     packing "none": a micro-batch of n rows, the longest of L tokens, counts n L tokens and n L (L + 1) / 2 pairs. Trees of
     similar length go together; evenness is not traded for padding.
@@ -100,9 +100,9 @@ def plan(
     one response) is a micro-batch of its own and counted. ``multiple_of`` raises the number of micro-batches to a multiple (equal
     counts for ranks), with empty ones where there are fewer parts than that.
 
-    Deterministic: equal lengths are taken in the order of trees. O(S + I log I) but for inserts into a sorted list of bins.
+    Deterministic: equal lengths are taken in the order of trees. O(S + I log I) and a bounded search for changes.
 
-    ValueError for a budget or ``multiple_of`` below 1, an unknown packing, lengths that are no integers of 0 to 2^31 - 1, and
+    ValueError for a budget or ``multiple_of`` below 1, an unknown packing, lengths that are no integers of 0 to 2^24, and
     numbers of entries that do not match.
     """
     if packing not in ("shared", "none"):
@@ -112,8 +112,7 @@ def plan(
             raise ValueError(f"{name} is {value}; it must be at least 1")
     trees = _Trees.checked(prompt_lengths, num_responses, response_lengths)
     shared = packing == "shared"
-    parts, split = _parts(trees, max_tokens, shared=shared, keep_whole=keep_whole)
-    costs = _Costs.of(parts, trees, shared=shared)
+    parts, costs, split = _parts(trees, max_tokens, shared=shared, keep_whole=keep_whole)
     order = np.lexsort((-costs.pairs, -costs.longest, -costs.tokens) if shared else (-costs.rows, -costs.longest))
     over = costs.tokens[order] > max_tokens
     bin_I = np.empty(len(parts), np.int64)
@@ -219,22 +218,23 @@ def _sums(values: Ints, groups: Ints, count: int) -> Ints:
     return total
 
 
-def _share(tokens: Ints, pairs: Ints) -> NDArray[np.float64]:
+def _share(tokens: Ints, pairs: Ints) -> Floats:
     """Cost: the share of all tokens plus the share of all pairs."""
     return tokens / max(1, tokens.sum()) + pairs / max(1, pairs.sum())
 
 
-def _parts(trees: _Trees, max_tokens: int, *, shared: bool, keep_whole: bool) -> tuple[list[Part], int]:
-    """Parts in the order of trees and of their first responses, and how many trees are split."""
+def _parts(trees: _Trees, max_tokens: int, *, shared: bool, keep_whole: bool) -> tuple[list[Part], _Costs, int]:
+    """Parts in the order of trees and of their first responses, their costs, and how many trees are split."""
     every = {count: tuple(range(count)) for count in np.unique(trees.num_B).tolist()}
     whole = [Part(tree, every[count]) for tree, count in enumerate(trees.num_B.tolist())]
-    over_B = (_Costs.of(whole, trees, shared=shared).tokens > max_tokens) & (trees.num_B > 1)
+    costs = _Costs.of(whole, trees, shared=shared)
+    over_B = (costs.tokens > max_tokens) & (trees.num_B > 1)
     if keep_whole or not over_B.any():
-        return whole, 0
+        return whole, costs, 0
     parts: list[Part] = []
     for part, over in zip(whole, over_B.tolist(), strict=True):
         parts += _split(part.tree, trees, max_tokens, shared=shared) if over else [part]
-    return parts, int(over_B.sum())
+    return parts, _Costs.of(parts, trees, shared=shared), int(over_B.sum())
 
 
 def _split(tree: int, trees: _Trees, max_tokens: int, *, shared: bool) -> list[Part]:
@@ -244,9 +244,9 @@ def _split(tree: int, trees: _Trees, max_tokens: int, *, shared: bool) -> list[P
     order = np.argsort(-lengths, kind="stable").tolist()
     sizes = lengths[order].tolist()
     bins = (
-        _best_fit(sizes, max_tokens - prompt)
+        best_fit(sizes, max_tokens - prompt)
         if shared
-        else _fill_rows([1] * len(sizes), [prompt + size for size in sizes], max_tokens)
+        else fill_rows([1] * len(sizes), [prompt + size for size in sizes], max_tokens)
     )
     groups: list[list[int]] = [[] for _ in range(max(bins) + 1)]
     for response, index in sorted(zip(order, bins, strict=True)):
@@ -260,147 +260,23 @@ def _packed(order: Ints, costs: _Costs, max_tokens: int, num_alone: int, multipl
     best, plain = np.empty(len(order), np.int64), np.empty(len(order), np.int64)
     rows, longest, tokens = costs.rows[order], costs.longest[order], costs.tokens[order]
     if shared:
-        best[:] = _best_fit(tokens.tolist(), max_tokens)
-        plain[in_order] = _next_fit(tokens[in_order].tolist(), max_tokens)
+        best[:] = best_fit(tokens.tolist(), max_tokens)
+        plain[in_order] = next_fit(tokens[in_order].tolist(), max_tokens)
     else:
-        best[:] = _fill_rows(rows.tolist(), longest.tolist(), max_tokens)
-        plain[in_order] = _fill_rows(rows[in_order].tolist(), longest[in_order].tolist(), max_tokens)
+        best[:] = fill_rows(rows.tolist(), longest.tolist(), max_tokens)
+        plain[in_order] = fill_rows(rows[in_order].tolist(), longest[in_order].tolist(), max_tokens)
     chosen = min(best, plain, key=lambda bins: bins.max(initial=-1))
     fewest = int(chosen.max(initial=-1)) + 1
     count = -(-(fewest + num_alone) // multiple_of) * multiple_of - num_alone
     if count > fewest:
-        chosen = _divided(chosen, tokens, fewest, count)
+        chosen = divided(chosen, tokens, fewest, count)
     if not shared or count < 2:
         return chosen
     share = _share(tokens, costs.pairs[order])
-    even = _spread(share, tokens, count, max_tokens)
-    if even is None:
-        return chosen
-    return min(chosen, even, key=lambda bins: np.bincount(bins, share, count).max())
-
-
-def _best_fit(sizes: Sequence[int], capacity: int) -> list[int]:
-    """A bin per size; sizes descend. Each goes where the least room is left after it, the bin that came to it first among equals.
-
-    A size above the capacity has a bin of its own.
-    """
-    rooms = _Rooms(capacity)
-    bins: list[int] = []
-    count = 0
-    for size in sizes:
-        room, index = rooms.take(size) or (capacity, count)
-        count += index == count
-        bins.append(index)
-        rooms.put(room - size, index)
-    return bins
-
-
-class _Rooms:
-    """Bins by the room that is left in them; the least room of at least a size is found in constant time.
-
-    Bit r of a word says that a bin with room r (its lower bits) is there, bit w of ``words`` that word w is not zero.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        self.shift = max(1, max(capacity, 0).bit_length() // 2)
-        self.low = (1 << self.shift) - 1
-        self.bits = [0] * ((max(capacity, 0) >> self.shift) + 1)
-        self.words = 0
-        self.bins: dict[int, deque[int]] = {}
-
-    def put(self, room: int, index: int) -> None:
-        """Room below zero is none."""
-        if room < 0:
-            return
-        self.bins.setdefault(room, deque()).append(index)
-        self.bits[room >> self.shift] |= 1 << (room & self.low)
-        self.words |= 1 << (room >> self.shift)
-
-    def take(self, size: int) -> tuple[int, int] | None:
-        """Room and index of the bin, which is taken out; None where no bin has room."""
-        word = size >> self.shift
-        if word >= len(self.bits):
-            return None
-        bits = self.bits[word] >> (size & self.low) << (size & self.low)
-        if not bits:
-            words = self.words >> (word + 1) << (word + 1)
-            if not words:
-                return None
-            word = (words & -words).bit_length() - 1
-            bits = self.bits[word]
-        room = (word << self.shift) + (bits & -bits).bit_length() - 1
-        index = self.bins[room].popleft()
-        if not self.bins[room]:
-            self.bits[word] ^= 1 << (room & self.low)
-            if not self.bits[word]:
-                self.words ^= 1 << word
-        return room, index
-
-
-def _next_fit(sizes: Sequence[int], capacity: int) -> list[int]:
-    """A bin per size: the last one as long as it has room."""
-    bins: list[int] = []
-    room, last = -1, -1
-    for size in sizes:
-        if size > room:
-            room, last = capacity, last + 1
-        room -= size
-        bins.append(last)
-    return bins
-
-
-def _fill_rows(rows: Sequence[int], longest: Sequence[int], capacity: int) -> list[int]:
-    """A bin per group of rows: the last one as long as all its rows, padded to the longest, fit."""
-    bins: list[int] = []
-    held, height, last = 0, 0, -1
-    for count, length in zip(rows, longest, strict=True):
-        held, height = held + count, max(height, length)
-        if last < 0 or held * height > capacity:
-            held, height, last = count, length, last + 1
-        bins.append(last)
-    return bins
-
-
-def _spread(share: NDArray[np.float64], tokens: Ints, count: int, capacity: int) -> Ints | None:
-    """The costliest part first, each into the cheapest of ``count`` bins that has room; None where one finds no room.
-
-    Looking past bins without room is given up after as many looks as there are parts, so the search stays short.
-    """
-    bins = np.empty(len(share), np.int64)
-    rooms = [capacity] * count
-    heap = [(0.0, index) for index in range(count)]
-    looks = len(share)
-    sizes, costs = tokens.tolist(), share.tolist()
-    for item in np.argsort(-share, kind="stable").tolist():
-        passed = []
-        while heap and rooms[heap[0][1]] < sizes[item] and looks:
-            passed.append(heapq.heappop(heap))
-            looks -= 1
-        if not heap or rooms[heap[0][1]] < sizes[item]:
-            return None
-        cost, index = heap[0]
-        heapq.heapreplace(heap, (cost + costs[item], index))
-        rooms[index] -= sizes[item]
-        bins[item] = index
-        for entry in passed:
-            heapq.heappush(heap, entry)
-    return bins
-
-
-def _divided(bins: Ints, tokens: Ints, fewest: int, count: int) -> Ints:
-    """The bins as ``count`` of them: every second part of the largest that has two goes to a new one, as often as possible."""
-    members = [np.flatnonzero(bins == index) for index in range(fewest)]
-    while len(members) < count:
-        divisible = [index for index, items in enumerate(members) if len(items) > 1]
-        if not divisible:
-            break
-        largest = max(divisible, key=lambda index: int(tokens[members[index]].sum()))
-        members.append(members[largest][1::2])
-        members[largest] = members[largest][::2]
-    divided = np.empty_like(bins)
-    for index, items in enumerate(members):
-        divided[items] = index
-    return divided
+    even = spread(share, tokens, count, max_tokens)
+    if even is not None:
+        chosen = min(chosen, even, key=lambda bins: np.bincount(bins, share, count).max())
+    return evened(chosen, share, tokens, count, max_tokens)
 
 
 def _largest_over_mean(values: Sequence[int]) -> float:
