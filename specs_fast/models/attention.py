@@ -199,7 +199,9 @@ def _switched(part: nn.Module, name: str) -> Iterator[None]:
     ]
     previous = [module._gradient_checkpointing_func for module in checkpointed]
     # Found here and not in the layer: a compiled layer would be compiled again for each walk over the modules.
-    configs = list({id(module.config): module.config for module in part.modules() if hasattr(module, "config")}.values())
+    configs = list(
+        {id(module.config): module.config for module in part.modules() if hasattr(module, "config")}.values()
+    )
     try:
         for module, function in zip(checkpointed, previous, strict=True):
             module._gradient_checkpointing_func = _recomputing_under(configs, name, function)  # type: ignore[assignment]
