@@ -38,8 +38,7 @@ gate: $(STAMP)
 	$(BIN)/python -m specs_kernels.gate --cache build/gate
 
 bench: $(STAMP)
-	for op in linear_logprob selective_logprob packed_attention; do $(BIN)/specs-fast bench $$op || exit 1; done
-	PYTHONPATH=. $(BIN)/python -m bench.update
+	for op in linear_logprob selective_logprob packed_attention update; do $(BIN)/specs-fast bench $$op || exit 1; done
 
 clean:
 	rm -rf $(VENV) build *.egg-info kernels/specs_kernels/_C*.so .pytest_cache .mypy_cache .ruff_cache

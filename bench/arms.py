@@ -69,7 +69,7 @@ def measure(
             refused(row, error, device)
             continue
         if arm.note:
-            row["note"] = arm.note
+            row["note"] = arm.note if isinstance(arm.note, str) else arm.note()
         runnable[arm.name] = arm
     del exact
     tidy(device, tiny)

@@ -91,7 +91,8 @@ def plan(device: torch.device, folder: Path, checks: Path, *, tiny: bool) -> lis
             op("packed_attention", 90, 1, "forward"),
         ]
     alone = ("linear_logprob", "linear_loss", "selective_logprob")
-    update = ("-m", "bench.update", "--device", device.type, "--out", str(folder / "update.json"))
+    update = ("-m", "bench.update", "--device", str(device), "--out", str(folder / "update.json"))
+    update += ("--seconds", "2", "--mix", "tower")  # the mixes with images
     return [
         op("linear_logprob", 230, 4, "16384x4096x131072", "8192x4096x151936"),
         verify(130, *([name] for name in alone), [name for name in kernel_ops() if name not in alone]),

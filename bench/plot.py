@@ -1,4 +1,4 @@
-"""Speed and memory over N and V, from a result's sweep sections."""
+"""Speed and memory over the swept sizes, from a result's sweep sections."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000", "#a6761d", "#66a61e")
-AXES = {"N": "N, tokens", "V": "V, vocabulary"}
+AXES = {"N": "N, tokens", "V": "V, vocabulary", "G": "G, responses per prompt", "P": "P, prompt tokens"}
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Two rows (time against the bare GEMMs that the task needs, extra memory), a column per swept letter. Ours are drawn thick.
+    """Two rows (time against the bare products, extra memory), a column per swept letter. Ours are drawn thick.
 
     Time is divided by the bare parts of the section, each once, so that the slope of the GEMMs drops out; milliseconds without.
     """
@@ -41,16 +41,14 @@ def plot(result: dict[str, Any], path: Path) -> None:
             ):
                 if curve:
                     axis.plot(*zip(*curve, strict=True), label=arm, **style)
-        fixed = "V" if letter == "N" else "N"
         shape = members[0]["shape"]
+        fixed = [key for key in ("D", "P", "R", "G", "N", "V") if key in shape and key != letter]
         axes[0, column].set_title(
-            ", ".join(
-                [shape["task"], shape["dtype"], *(f"{key} = {shape[key]:,}" for key in ("D", fixed) if key in shape)]
-            ),
+            ", ".join([shape["task"], shape["dtype"], *(f"{key} = {shape[key]:,}" for key in fixed)]),
             fontsize=10,
         )
         axes[0, column].set_ylabel(
-            "time / bare GEMMs of the task" if members[0]["bare_milliseconds"] else "milliseconds"
+            "time / bare products of the task" if members[0]["bare_milliseconds"] else "milliseconds"
         )
         axes[1, column].set_ylabel("extra memory, MiB")
         for axis in axes[:, column]:
@@ -74,7 +72,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 def family(sections: Sequence[dict[str, Any]], letter: str) -> list[dict[str, Any]]:
     """The largest set of sections that differ in this letter only, in its order."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for section in sections:
+    for section in (section for section in sections if letter in section["shape"]):
         rest = tuple((key, value) for key, value in section["shape"].items() if key != letter)
         groups.setdefault(rest, []).append(section)
     largest = max(groups.values(), key=len, default=[])

@@ -31,7 +31,7 @@ from bench.tables import goal_line, section_table
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-OPS = ("linear_logprob", "selective_logprob", "packed_attention")
+OPS = ("linear_logprob", "selective_logprob", "packed_attention", "update")
 FAILED, DEVICE_LOST = 1, 3
 
 
@@ -42,6 +42,11 @@ class BadOption(ValueError):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The runner's options; shared by ``specs-fast bench`` and ``python -m bench.run``."""
     parser.add_argument("op", choices=OPS, metavar="OP", help=f"what to measure: {', '.join(OPS)}")
+    add_options(parser)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """All but the name of what is measured."""
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
     parser.add_argument("--repeats", type=int, help="timed rounds of every section (default: the section's own)")
@@ -64,8 +69,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure; returns what the JSON file holds, ``exit_code`` says how it went. BadOption for options that name nothing."""
+def run(options: argparse.Namespace, op: Any = None) -> dict[str, Any]:
+    """Measure; returns what the JSON file holds, ``exit_code`` says how it went. BadOption for options that name nothing.
+
+    op: gives cases and goals instead of the op's file.
+    """
     device = checked_device(options.device)
     if options.threads is not None:
         if options.threads < 1:
@@ -74,7 +82,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     for name in ("repeats", "seconds"):
         if getattr(options, name) is not None and getattr(options, name) <= 0:
             raise BadOption(f"--{name} is {getattr(options, name)}; it must be above 0")
-    op = load(options.op)
+    op = op or load(options.op)
     cases: list[Case] = chosen(op.cases(device, tiny=options.tiny), options.shapes)
     goals: list[Goal] = [] if options.tiny else op.goals(device)
     if options.list:

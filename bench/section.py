@@ -20,7 +20,7 @@ class Arm:
 
     run: does it once and returns outputs by name, gradients as "d <input>"; None where it cannot run here. why_not: the reason.
     bare: names of the section's bare parts that its arithmetic consists of, one per time it is done (a score GEMM that is
-    done again stands twice). note: what a reader of the table should know.
+    done again stands twice). note: what a reader of the table should know, or what says it after the first call.
     check: turns what ``run`` returns into what the exact answer is compared with, untimed.
     """
 
@@ -29,7 +29,7 @@ class Arm:
     run: Run | None = None
     why_not: str = ""
     bare: tuple[str, ...] = ()
-    note: str = ""
+    note: str | Callable[[], str] = ""
     check: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
 
     @staticmethod

@@ -1,8 +1,8 @@
-"""Results as Markdown tables, and the tables of docs/kernels.md, which are made from the committed JSON:
+"""Results as Markdown tables, and the tables of the pages in docs/, which are made from the committed JSON:
 
     python -m bench.tables
 
-rewrites everything between ``<!-- bench: OP DEVICE -->`` and ``<!-- end -->`` in the page, with the plot where there is one.
+rewrites everything between ``<!-- bench: OP DEVICE -->`` and ``<!-- end -->`` in the pages, with the plot where there is one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 _ROOT = Path(__file__).resolve().parents[1]
-PAGE = _ROOT / "docs" / "kernels.md"
+PAGES = tuple(_ROOT / "docs" / name for name in ("kernels.md", "attention.md"))
 RESULTS = Path(__file__).parent / "results"
 _BLOCK = re.compile(r"(<!-- bench: (\w+) ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
@@ -101,8 +101,8 @@ def page(text: str) -> str:
     def block(match: re.Match[str]) -> str:
         path, picture = RESULTS / match[3] / f"{match[2]}.json", f"bench-{match[2]}-{match[3]}.png"
         body = "Not measured.\n" if not path.is_file() else document(json.loads(path.read_text(encoding="utf-8")))
-        if path.is_file() and (PAGE.parent / picture).is_file():
-            body = f"![Time and memory over N and V]({picture})\n\n{body}"
+        if path.is_file() and (_ROOT / "docs" / picture).is_file():
+            body = f"![Time and memory over size]({picture})\n\n{body}"
         return f"{match[1]}{body}{match[5]}"
 
     return _BLOCK.sub(block, text)
@@ -118,4 +118,5 @@ def document(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in PAGES:
+        path.write_text(page(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -27,7 +27,8 @@ class ModelConfig:
     dtype: of weights and activations. float32 is the default because CPU runs need it; GPU recipes set bfloat16
         (float16 would need loss scaling).
     device: "auto" is the GPU where there is one, else the CPU.
-    freeze_vision: keep the vision tower's weights fixed (ours, as MM-EUREKA's script; the paper does not say).
+    freeze_vision: keep what makes image features fixed, the vision tower and its merger or projector (ours, as MM-EUREKA's
+        script; the paper does not say).
     packing: "shared" stores each prompt once with its responses as branches; "none" is the padded forward, for models
         that cannot be packed.
     gradient_checkpointing: recompute activations in the backward (less memory, about a third more compute).
@@ -169,7 +170,8 @@ class GRPOConfig:
         "grpo", "dr_grpo".
     scale_rewards: divide advantages by the standard deviation of the "group" (paper's GRPO) or the "batch", or "none".
     micro_batch_tokens: tokens of one forward and backward, prompts and responses together; bounds memory, and changes
-        the result with "bnpo" only, which averages over each micro-batch by itself.
+        the result with "bnpo" only, which averages over each micro-batch by itself. A prompt whose responses exceed it is
+        split by responses.
     log_completions_every: rollout batches between logged samples of completions.
     sampling: see SamplingConfig.
     """
@@ -276,7 +278,8 @@ class DPOConfig:
     nll_weight: weight of the SFT term, the paper's lambda: 1.
     nll_mode: "sequence" (mean of per-response token means: LLaMA-Factory's, so the paper's) or "token" (mean over all
         tokens: TRL's).
-    micro_batch_tokens: tokens of one forward and backward; bounds memory, never changes the result.
+    micro_batch_tokens: tokens of one forward and backward; bounds memory, never changes the result. A pair that exceeds
+        it is a micro-batch of its own.
     """
 
     optim: OptimConfig

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from specs_kernels import native
+from specs_kernels import native, varlen
 
 _DEFINITION = "the definition in plain PyTorch; dense, for tests and as fallback by name"
 _CHUNKED = "plain PyTorch with bounded memory; runs on every device"
@@ -27,6 +27,7 @@ _NATIVE_LINEAR = (
 _NATIVE_LOGITS = "C++, one read forward, one read and one write backward, SIMD chosen at run time"
 _TRITON = "Triton kernels for NVIDIA and AMD GPUs; under TRITON_INTERPRET=1 they also run, interpreted, on CPU tensors"
 _NATIVE_ATTENTION = "C++ flash kernel with SIMD chosen at run time; cost follows the visible pairs"
+_CASCADE = "pieces of varlen attention, merged by log-sum-exp"
 _LAYER = "the definition in plain PyTorch; runs on every device"
 _NATIVE_LAYER = "C++, one pass over memory each way, SIMD chosen at run time"
 
@@ -34,7 +35,13 @@ _BACKENDS: dict[str, dict[str, str]] = {
     "linear_logprob": {"reference": _DEFINITION, "chunked": _CHUNKED, "native": _NATIVE_LINEAR, "triton": _TRITON},
     "linear_loss": {"reference": _DEFINITION, "chunked": _CHUNKED, "native": _NATIVE_LINEAR, "triton": _TRITON},
     "selective_logprob": {"reference": _DEFINITION, "chunked": _CHUNKED, "native": _NATIVE_LOGITS, "triton": _TRITON},
-    "packed_attention": {"reference": _DEFINITION, "chunked": _CHUNKED, "native": _NATIVE_ATTENTION, "triton": _TRITON},
+    "packed_attention": {
+        "reference": _DEFINITION,
+        "chunked": _CHUNKED,
+        "native": _NATIVE_ATTENTION,
+        "triton": _TRITON,
+        "cascade": _CASCADE,
+    },
     "rms_norm": {"reference": _LAYER, "native": _NATIVE_LAYER},
     "swiglu": {"reference": _LAYER, "native": _NATIVE_LAYER},
     "preference_loss": {"reference": _VECTOR_LOSS},
@@ -63,6 +70,8 @@ def unavailable(backend: str, device: torch.device | str = "cpu") -> str | None:
     kind = torch.device(device).type
     if backend == "triton":
         return _triton_missing(kind)
+    if backend == "cascade":
+        return varlen.missing(device)
     if backend == "native":
         if kind != "cpu":
             return f"the native backend runs on CPU tensors, not on {kind}"
@@ -110,16 +119,18 @@ def choose(op: str, backend: str = "auto", device: torch.device | str = "cpu") -
         known = isinstance(backend, str) and backend in _BACKENDS[op]
         reason = f" ({unavailable(backend, device)})" if known else ""
         raise ValueError(f"{op} has no backend {backend!r} here{reason}; allowed: {allowed}")
-    return Choice(op, backend, f"asked for by name: {_BACKENDS[op][backend]}")
+    pieces = f" ({varlen.choose(device).name})" if backend == "cascade" else ""
+    return Choice(op, backend, f"asked for by name: {_BACKENDS[op][backend]}{pieces}")
 
 
 def _passed_over(op: str, chosen: str, device: torch.device | str) -> str:
     """What "auto" would rather have taken, and what it lacks."""
     better = _PREFERENCE[: _PREFERENCE.index(chosen)]
     reasons = [unavailable(name, device) for name in better if name in _BACKENDS[op]]
-    if torch.device(device).type == "cuda" and "triton" in _BACKENDS[op]:
-        unmeasured = "triton runs by name; auto does not take it before it is measured on a GPU"
-        reasons.append(unavailable("triton", device) or unmeasured)
+    if torch.device(device).type == "cuda":
+        for name in (name for name in ("triton", "cascade") if name in _BACKENDS[op]):
+            unmeasured = f"{name} runs by name; auto does not take it before it is measured on a GPU"
+            reasons.append(unavailable(name, device) or unmeasured)
     return "".join(f"; {reason}" for reason in reasons if reason)
 
 

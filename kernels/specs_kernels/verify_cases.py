@@ -7,12 +7,15 @@ dtype in ordinary PyTorch. Its error against fp64 is the yardstick for the error
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from specs_kernels import varlen
 from specs_kernels.layers import rms_norm, swiglu
 from specs_kernels.layout import PackedLayout
 from specs_kernels.packed_attention import packed_attention
@@ -30,58 +33,78 @@ def cases(op: str, device: torch.device, seed: int) -> Iterator[Case]:
         yield replace(case, inputs=moved)
 
 
+@dataclass(frozen=True)
+class _Attention:
+    """A case of ``packed_attention``."""
+
+    name: str
+    layout: PackedLayout
+    heads: int
+    kv_heads: int
+    softcap: float | None = None
+    window: int | None = None
+    grad_lse: bool = True
+    """Whether lse, too, has an upstream gradient."""
+
+    def results(self, out: Tensor, lse: Tensor) -> Tensors:
+        return {"out": out, "lse": lse} if self.grad_lse else {"out": out, "lse, detached": lse.detach()}
+
+    def run(self, x: Tensors, backend: str) -> Tensors:
+        out, lse = packed_attention(
+            x["query"],
+            x["key"],
+            x["value"],
+            self.layout,
+            softcap=self.softcap,
+            window=self.window,
+            return_lse=True,
+            backend=backend,
+        )
+        return self.results(out, lse)
+
+    def plain(self, x: Tensors) -> Tensors:
+        repeats = x["query"].shape[1] // x["key"].shape[1]
+        key, value = (x[side].repeat_interleave(repeats, dim=1) for side in ("key", "value"))
+        scores = torch.einsum("ihd,jhd->hij", x["query"], key) * x["query"].shape[2] ** -0.5
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        scores = scores.masked_fill(~self.layout.dense_mask(self.window), -torch.inf)
+        scores = scores.double() if scores.dtype == torch.float64 else scores.float()
+        probs = torch.softmax(scores, dim=-1).to(value.dtype)
+        return self.results(torch.einsum("hij,jhd->ihd", probs, value), torch.logsumexp(scores, dim=-1).T)
+
+
 def _packed_attention_cases(generator: torch.Generator, device: torch.device) -> Iterator[Case]:
     prompts = PackedLayout.from_segments([86, 40, 17, 40, 33, 0, 25], [-1, 0, 0, 0, -1, 4, 4], device=device)
-    deep = PackedLayout.from_segments(
+    spans = PackedLayout.from_segments(
         [300, 20, 9, 31, 12, 40], [-1, 0, 1, 1, 0, -1], bidirectional=[(10, 74), (320, 329)], device=device
     )
-    for name, layout, heads, kv_heads, softcap, window in (
-        ("prompts and responses", prompts, 6, 2, None, None),
-        ("deep, bidirectional spans", deep, 4, 4, None, None),
-        ("deep, window, softcap", deep, 4, 1, 5.0, 50),
+    trees = PackedLayout.from_segments([200, 20, 9, 31, 12, 80, 40, 33], [-1, 0, 1, 1, 0, -1, 5, 5], device=device)
+    flat = PackedLayout.from_segments([70, 1, 130, 41], [-1] * 4, device=device)
+    everything = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    kernels = (torch.bfloat16, torch.float16)  # the stand-in takes everything
+    for attention in (
+        _Attention("prompts and responses", prompts, 6, 2),
+        _Attention("deep, bidirectional spans", spans, 4, 4),
+        _Attention("deep, gradient of out alone", trees, 4, 2, grad_lse=False),
+        _Attention("flat, window, gradient of out alone", flat, 4, 2, window=30, grad_lse=False),
+        _Attention("deep, window, softcap", spans, 4, 1, softcap=5.0, window=50),
     ):
         inputs = {
-            "query": torch.randn(layout.num_tokens, heads, 32, generator=generator),
-            "key": torch.randn(layout.num_tokens, kv_heads, 32, generator=generator),
-            "value": torch.randn(layout.num_tokens, kv_heads, 32, generator=generator),
+            name: torch.randn(attention.layout.num_tokens, heads, 32, generator=generator)
+            for name, heads in (("query", attention.heads), ("key", attention.kv_heads), ("value", attention.kv_heads))
         }
-
-        def run(
-            x: Tensors,
-            backend: str,
-            layout: PackedLayout = layout,
-            softcap: float | None = softcap,
-            window: int | None = window,
-        ) -> Tensors:
-            out, lse = packed_attention(
-                x["query"],
-                x["key"],
-                x["value"],
-                layout,
-                softcap=softcap,
-                window=window,
-                return_lse=True,
-                backend=backend,
-            )
-            return {"out": out, "lse": lse}
-
-        def plain(
-            x: Tensors,
-            layout: PackedLayout = layout,
-            softcap: float | None = softcap,
-            window: int | None = window,
-        ) -> Tensors:
-            repeats = x["query"].shape[1] // x["key"].shape[1]
-            key, value = (x[side].repeat_interleave(repeats, dim=1) for side in ("key", "value"))
-            scores = torch.einsum("ihd,jhd->hij", x["query"], key) * x["query"].shape[2] ** -0.5
-            if softcap is not None:
-                scores = softcap * torch.tanh(scores / softcap)
-            scores = scores.masked_fill(~layout.dense_mask(window), -torch.inf)
-            scores = scores.double() if scores.dtype == torch.float64 else scores.float()
-            probs = torch.softmax(scores, dim=-1).to(value.dtype)
-            return {"out": torch.einsum("hij,jhd->ihd", probs, value), "lse": torch.logsumexp(scores, dim=-1).T}
-
-        yield Case("packed_attention", name, inputs, run, plain, no_float64=("triton",))
+        cascade = () if attention.grad_lse else everything if device.type == "cpu" else kernels
+        yield Case(
+            "packed_attention",
+            attention.name,
+            inputs,
+            attention.run,
+            attention.plain,
+            no_float64=("triton",),
+            takes={"cascade": cascade},
+            setting=partial(varlen.use, "stand-in") if device.type == "cpu" else nullcontext,
+        )
 
 
 _LENGTHS = (5, 40, 1, 17, 120, 33, 64, 8)

@@ -1,36 +1,57 @@
-"""Which trees go through the model together: micro-batches under a token budget, and the order of prompts."""
+"""Which trees go through the model together, how values follow them there and back, and the order of prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
+from specs_fast.data.planner import Part, Plan, plan
 from specs_fast.data.types import Tree
 
 
-def micro_batches(trees: Sequence[Tree], max_tokens: int, *, packing: str) -> list[list[int]]:
-    """Indices of trees per micro-batch, in order, each under ``max_tokens``; a larger tree is a micro-batch of its own.
-
-    A tree counts as its packed tokens with ``packing="shared"``, as its padded rows with ``"none"``.
-    """
+def plan_trees(trees: Sequence[Tree], max_tokens: int, *, packing: str, keep_whole: bool = False) -> Plan:
+    """Micro-batches of these trees under a token budget; see `planner.plan`."""
     if max_tokens < 1:
         raise ValueError(f"micro_batch_tokens must be at least 1, got {max_tokens}")
-    batches: list[list[int]] = []
-    filled = 0
-    for index, tree in enumerate(trees):
-        size = tree.num_tokens if packing == "shared" else _padded_tokens(tree)
-        if not batches or filled + size > max_tokens:
-            batches.append([])
-            filled = 0
-        batches[-1].append(index)
-        filled += size
-    return batches
+    return plan(
+        [len(tree.prompt) for tree in trees],
+        [len(tree.responses) for tree in trees],
+        [int(response.shape[0]) for tree in trees for response in tree.responses],
+        max_tokens,
+        packing=packing,
+        keep_whole=keep_whole,
+    )
 
 
-def _padded_tokens(tree: Tree) -> int:
-    longest = max((int(response.shape[0]) for response in tree.responses), default=0)
-    return len(tree.responses) * (len(tree.prompt) + longest)
+def cut(trees: Sequence[Tree], parts: Sequence[Part]) -> list[Tree]:
+    """The trees of a micro-batch: each part's prompt with its responses."""
+    pieces = []
+    for part in parts:
+        tree = trees[part.tree]
+        whole = len(part.responses) == len(tree.responses)
+        pieces.append(tree if whole else Tree(tree.prompt, tuple(tree.responses[r] for r in part.responses)))
+    return pieces
+
+
+def gather(per_tree: Sequence[Tensor], trees: Sequence[Tree], parts: Sequence[Part]) -> Tensor:
+    """Values per response token of a micro-batch, in the order of its scores, from values per tree ``[N_i]``."""
+    pieces = [per_tree[0][:0]]  # a part may have no response
+    for part in parts:
+        by_response = per_tree[part.tree].split([int(response.shape[0]) for response in trees[part.tree].responses])
+        pieces += [by_response[r] for r in part.responses]
+    return torch.cat(pieces)
+
+
+def scatter(values: Tensor, trees: Sequence[Tree], parts: Sequence[Part], into: Sequence[Tensor]) -> None:
+    """The inverse of `gather`: writes a micro-batch's values ``[N]`` to their places in ``into``, ``[N_i]`` per tree."""
+    start = 0
+    for part in parts:
+        places = into[part.tree].split([int(response.shape[0]) for response in trees[part.tree].responses])
+        for r in part.responses:
+            places[r].copy_(values[start : start + places[r].shape[0]])
+            start += places[r].shape[0]
 
 
 def epochs(count: int, per_step: int, seed: int) -> Iterator[list[int]]:

@@ -11,19 +11,26 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from specs_fast.data.types import EncodedImage, EncodedPrompt, Prompt
 
 CACHE_BYTES = 256 * 2**20
+_TEXT_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
+_FRAME_INPUTS = {"pixel_values", "pixel_attention_mask"}
 
 
 class Encoder:
     """Encodes prompts and completions with a transformers processor (or a tokenizer, for text-only models).
 
     Encoded prompts are kept under a byte budget, so a prompt's pixels are prepared once while it stays in use.
-    Raises ValueError naming the row for: more or fewer image tokens than image patches ask for (a literal image token in
-    the text), a processor that does not return ``image_grid_thw``, videos.
+    Processors of the Qwen-VL family give a grid of patches per image; those of LLaVA, Idefics3, SmolVLM and Gemma-3 give frames,
+    one or several per image.
+
+    Raises ValueError naming the row for: a text with more or fewer image placeholders than the prompt has images, more or
+    fewer image tokens than the images ask for (a literal image token in the text), a processor that returns image inputs of
+    another form, videos.
     """
 
     def __init__(self, processor: Any, end_token_ids: Iterable[int] = ()) -> None:
@@ -86,21 +93,78 @@ class Encoder:
             ids = torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
             return EncodedPrompt(prompt.id, ids, torch.zeros_like(ids))
         images = [image for image in prompt.images]
-        try:
-            inputs = self.processor(
-                text=[text], images=images or None, add_special_tokens=False, return_tensors="pt", padding=False
-            )
-        except ValueError as error:
-            raise ValueError(f"{prompt.source}: the processor refused the prompt: {error}") from error
+        self._check_placeholders(text, prompt, len(images))
+        inputs = self._process(text, images, prompt.source)
         ids = torch.as_tensor(inputs["input_ids"], dtype=torch.int64)[0]
-        encoded_images = _split_images(inputs, len(images), prompt.source)
+        encoded_images = self._images(inputs, images, prompt.source)
         token_types = (ids == self.image_token_id).to(torch.int64)
         self._check_image_tokens(int(token_types.sum()), encoded_images, prompt.source)
         return EncodedPrompt(prompt.id, ids, token_types, encoded_images)
 
+    def _process(self, text: str, images: Sequence[Image.Image], source: str) -> Any:
+        try:
+            return self.processor(
+                text=[text], images=list(images) or None, add_special_tokens=False, return_tensors="pt", padding=False
+            )
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{source}: the processor refused the prompt: {error}") from error
+
+    def _check_placeholders(self, text: str, prompt: Prompt, num_images: int) -> None:
+        """Before expansion the text holds one placeholder per image, and no token that an expanded one consists of."""
+        placeholder = self.processor.image_token
+        feature = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+        found = text.count(placeholder)
+        if found != num_images:
+            raise ValueError(
+                f"{prompt.source}: prompt {prompt.id!r} has {num_images} images, but its text holds {found} image placeholders "
+                f"({placeholder!r}); give one image part per image, remove a literal placeholder from the text, or use a chat "
+                "template that writes one for each image part"
+            )
+        if feature != placeholder and feature in text:
+            raise ValueError(
+                f"{prompt.source}: the text of prompt {prompt.id!r} holds the image token {feature!r} literally; remove it"
+            )
+
+    def _images(self, inputs: Any, images: Sequence[Image.Image], source: str) -> tuple[EncodedImage, ...]:
+        """The images of one processed prompt, one by one."""
+        if not images:
+            return ()
+        if "image_grid_thw" in inputs:
+            return _split_patches(inputs, len(images), source)
+        unknown = sorted(set(inputs) - _TEXT_INPUTS - _FRAME_INPUTS)
+        if unknown or "pixel_values" not in inputs:
+            raise ValueError(
+                f"{source}: the processor returned {sorted(inputs)}; of image inputs, {sorted(_FRAME_INPUTS)} are known, and "
+                "'pixel_values' with 'image_grid_thw'"
+            )
+        if len(images) == 1:
+            return (self._frames(inputs),)
+        # Which frames and how many tokens are an image's own is known from processing it alone.
+        encoded = tuple(self._frames(self._process(self.processor.image_token, [image], source)) for image in images)
+        together = _without_prompts(torch.as_tensor(inputs["pixel_values"], dtype=torch.float32))
+        parts = [image.pixel_values for image in encoded]
+        alike = len({part.shape[1:] for part in parts}) == 1 and torch.equal(torch.cat(parts), together)
+        if not alike:
+            raise ValueError(
+                f"{source}: the processor prepares {len(images)} images together otherwise than one by one; "
+                "turn off what depends on the other images (padding to the largest)"
+            )
+        return encoded
+
+    def _frames(self, inputs: Any) -> EncodedImage:
+        """The only image of a processed text: all of its frames and image tokens."""
+        pixels = _without_prompts(torch.as_tensor(inputs["pixel_values"], dtype=torch.float32)).clone()
+        mask = inputs.get("pixel_attention_mask")
+        if mask is not None:
+            mask = torch.as_tensor(mask)[0].bool()
+        num_tokens = inputs["input_ids"][0].tolist().count(self.image_token_id)
+        parts = [tensor.contiguous().numpy().tobytes() for tensor in (pixels, mask) if tensor is not None]
+        digest = hashlib.sha1(b"".join((repr(tuple(pixels.shape)).encode(), *parts))).hexdigest()
+        return EncodedImage(digest, pixels, num_tokens=num_tokens, pixel_attention_mask=mask)
+
     def _check_image_tokens(self, found: int, images: Sequence[EncodedImage], source: str) -> None:
         merge = int(getattr(getattr(self.processor, "image_processor", None), "merge_size", 1))
-        expected = sum(t * h * w // merge**2 for t, h, w in (image.grid_thw for image in images))
+        expected = sum(_num_tokens(image, merge) for image in images)
         if found != expected:
             raise ValueError(
                 f"{source}: {found} image tokens in the encoded prompt but its {len(images)} images need {expected}; "
@@ -140,14 +204,20 @@ def check_lengths(
     return kept, filtered
 
 
-def _split_images(inputs: Any, num_images: int, source: str) -> tuple[EncodedImage, ...]:
-    if num_images == 0:
-        return ()
-    if "image_grid_thw" not in inputs:
-        raise ValueError(
-            f"{source}: the processor returned {sorted(inputs)} without 'image_grid_thw'; only processors of the Qwen-VL "
-            "family's form are supported so far"
-        )
+def _num_tokens(image: EncodedImage, merge: int) -> int:
+    if image.grid_thw is None:
+        return image.num_tokens or 0
+    time, height, width = image.grid_thw
+    return time * height * width // merge**2
+
+
+def _without_prompts(pixels: Tensor) -> Tensor:
+    """Frames ``[frames, C, H, W]``: SmolVLM and Idefics3 have a leading dimension of prompts, here of one."""
+    return pixels[0] if pixels.ndim == 5 else pixels
+
+
+def _split_patches(inputs: Any, num_images: int, source: str) -> tuple[EncodedImage, ...]:
+    """Images of a Qwen-VL processor: patches of all of them in one row, and a grid for each."""
     grids = [(int(t), int(h), int(w)) for t, h, w in inputs["image_grid_thw"]]
     pixels = torch.as_tensor(inputs["pixel_values"], dtype=torch.float32)
     if len(grids) != num_images:
@@ -162,11 +232,13 @@ def _split_images(inputs: Any, num_images: int, source: str) -> tuple[EncodedIma
 def _image_token_id(processor: Any) -> int | None:
     if not hasattr(processor, "image_processor"):
         return None
-    token_id = getattr(processor, "image_token_id", None)
+    # Of Gemma-3's processor `image_token_id` is the placeholder, and another token stands for a feature.
+    token_id = getattr(processor, "image_token_ids", [None])[0]
     if token_id is None:
         token_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
     return int(token_id)
 
 
 def _size(prompt: EncodedPrompt) -> int:
-    return prompt.input_ids.nbytes + sum(image.pixel_values.nbytes for image in prompt.images)
+    masks = [image.pixel_attention_mask for image in prompt.images if image.pixel_attention_mask is not None]
+    return prompt.input_ids.nbytes + sum(tensor.nbytes for tensor in (*(i.pixel_values for i in prompt.images), *masks))

@@ -63,17 +63,24 @@ class EncodedImage:
     """One image as its model's processor prepared it.
 
     key: content hash; equal keys mean equal pixels, so an image is encoded once however many prompts show it.
-    pixel_values: float32 ``[patches, patch_dim]``. grid_thw: patches in time, height, width (before merging).
+
+    Qwen-VL family: pixel_values float32 ``[patches, patch_dim]``, and grid_thw, patches in time, height, width (before
+    merging).
+    Other models: pixel_values float32 ``[frames, C, H, W]``, one frame or, of an image that is shown in tiles or crops,
+    several; num_tokens, the tokens that the image takes in the text; pixel_attention_mask bool ``[frames, H, W]`` where the
+    model takes one (False on padding).
     """
 
     key: str
     pixel_values: Tensor
-    grid_thw: tuple[int, int, int]
+    grid_thw: tuple[int, int, int] | None = None
+    num_tokens: int | None = None
+    pixel_attention_mask: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A tokenised prompt, image placeholders expanded to one token per merged patch.
+    """A tokenised prompt, image placeholders expanded to one token per image feature.
 
     input_ids: int64 ``[P]``. token_types: int64 ``[P]``, 0 for text and 1 for image tokens.
     images: in order of appearance.

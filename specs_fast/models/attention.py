@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from specs_fast.models.load import vision_tower
+from specs_fast.models.load import text_module, vision_tower
 from specs_kernels import PackedLayout, packed_attention
 
 TEXT = "specs_packed"
@@ -159,12 +159,6 @@ AttentionInterface.register(TEXT, packed_text_attention)
 AttentionMaskInterface.register(TEXT, _no_mask)
 AttentionInterface.register(VISION, vision_varlen_attention)
 AttentionMaskInterface.register(VISION, _no_mask)
-
-
-def text_module(model: PreTrainedModel) -> nn.Module:
-    """The text stack of a vision-language model, the base model of a language model."""
-    base = model.base_model
-    return getattr(base, "language_model", base)
 
 
 @contextmanager

@@ -14,14 +14,11 @@ from transformers import PreTrainedModel
 
 from specs_fast.data.types import EncodedImage
 from specs_fast.models.attention import text_attention
-from specs_fast.models.images import ImageFeatures, encode_images
+from specs_fast.models.images import ImageFeatures, encode_images, images_see_both_ways
 from specs_fast.models.modes import scoring_mode
 from specs_fast.models.positions import forest_positions
 from specs_fast.models.support import check_packable, check_scorable
 from specs_kernels import PackedLayout
-
-# Model types whose text stack lets the tokens of one image see one another.
-_OPEN_IMAGES = ("gemma3",)
 
 
 def packed_hidden(
@@ -66,11 +63,6 @@ def packed_hidden(
     return output.last_hidden_state[0]
 
 
-def opens_images(model: PreTrainedModel) -> bool:
-    """Whether the text stack of this model lets the tokens of one image see one another (Gemma-3)."""
-    return model.config.model_type in _OPEN_IMAGES
-
-
 def image_spans(layout: PackedLayout, token_types: Tensor) -> list[tuple[int, int]]:
     """Half-open token ranges, one per unbroken run of image tokens: token_types int64 ``[T]``, 1 for image tokens.
 
@@ -98,7 +90,7 @@ def image_spans(layout: PackedLayout, token_types: Tensor) -> list[tuple[int, in
 
 def with_open_images(model: PreTrainedModel, layout: PackedLayout, token_types: Tensor) -> PackedLayout:
     """The layout in which image tokens see one another, kept on this one; for models that do not ask for it this one itself."""
-    if not opens_images(model):
+    if not images_see_both_ways(model):
         return layout
     spans = image_spans(layout, token_types)
     if set(spans) <= set(layout.bidirectional):

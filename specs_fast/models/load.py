@@ -38,7 +38,8 @@ def load_model(
     """A vision-language or causal language model from a folder (or a hub name ``owner/model``), in eval mode.
 
     dtype: "float32", "bfloat16", "float16" or "float64". device: a torch device, or "auto" (CUDA where there is one).
-    freeze_vision: no parameter of the vision tower, its mergers included, gets a gradient.
+    freeze_vision: nothing that makes image features gets a gradient: the vision tower, and the merger, projector or connector
+    between it and the text.
     gradient_checkpointing: activations of each layer are recomputed in the backward of `models.score`, although the
     model stays in eval mode (dropout is never on).
 
@@ -85,12 +86,14 @@ def load_model(
         )
     model.eval()
     if freeze_vision:
-        tower = vision_tower(model)
-        if tower is None:
+        if vision_tower(model) is None:
             raise ValueError(
                 f"freeze_vision: {type(model).__name__} ({path}) has no vision tower; set freeze_vision: false"
             )
-        tower.requires_grad_(False)
+        of_text = {id(parameter) for parameter in text_module(model).parameters()}
+        for parameter in model.base_model.parameters():
+            if id(parameter) not in of_text:
+                parameter.requires_grad_(False)
     if gradient_checkpointing:
         enable_gradient_checkpointing(model)
     return model.to(resolve_device(device))
@@ -145,6 +148,16 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
     enable({"use_reentrant": False})
 
 
+def text_module(model: PreTrainedModel) -> torch.nn.Module:
+    """The text stack of a vision-language model, the base model of a language model."""
+    base = model.base_model
+    for name in ("language_model", "text_model"):
+        text = getattr(base, name, None)
+        if text is not None:
+            return text
+    return base
+
+
 def vision_tower(model: PreTrainedModel) -> torch.nn.Module | None:
     """The module that encodes images, or None for a language model."""
     base = model.base_model
@@ -156,7 +169,7 @@ def vision_tower(model: PreTrainedModel) -> torch.nn.Module | None:
 
 
 def image_token_id(model: PreTrainedModel) -> int | None:
-    """Id of the token that stands for one merged patch of an image; None for a language model."""
+    """Id of the token that stands for one feature of an image; None for a language model."""
     for name in ("image_token_id", "image_token_index"):
         value = getattr(model.config, name, None)
         if value is not None:

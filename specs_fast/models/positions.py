@@ -1,6 +1,6 @@
-"""Position ids of packed forests and of single prompts.
+"""Position ids of packed forests and of single prompts, and which image lies where in them.
 
-A text-only model uses the index along the path. A vision-language model with M-RoPE uses three rows (time, height, width): an
+Most models use the index along the path. A vision-language model with M-RoPE uses three rows (time, height, width): an
 image's tokens share one start and spread over the grid, and text goes on after the largest of them. A child segment goes on where
 its nearest non-empty ancestor ended, so every path through the forest carries the ids that it would carry alone.
 
@@ -41,7 +41,7 @@ def segment_positions(model: PreTrainedModel, token_types: Tensor, images: Seque
     if not images:
         return torch.arange(length).expand(3, -1)
     token_types = token_types.cpu()
-    grids = tuple(image.grid_thw for image in images)
+    grids = tuple(_grid(model, image) for image in images)
     key = (token_types.numpy().tobytes(), grids)
     known = _cache.setdefault(model.base_model, {})
     positions = known.get(key)
@@ -84,10 +84,29 @@ def check_position_limit(model: PreTrainedModel, prompt: EncodedPrompt, new_toke
 
 
 def image_tokens(model: PreTrainedModel, image: EncodedImage) -> int:
-    """Tokens that one image takes in the text: its merged patches."""
-    time, height, width = image.grid_thw
-    merge: int = model.config.vision_config.spatial_merge_size
-    return time * (height // merge) * (width // merge)
+    """Tokens that one image takes in the text: its merged patches, or what its processor said.
+
+    Raises ValueError for an image that was prepared for a model of another kind.
+    """
+    if uses_mrope(model):
+        time, height, width = _grid(model, image)
+        merge: int = model.config.vision_config.spatial_merge_size
+        return time * (height // merge) * (width // merge)
+    if image.num_tokens is None:
+        raise ValueError(
+            f"image {image.key!r} does not say how many tokens it takes (num_tokens), which {type(model).__name__} needs; "
+            "encode it with this model's own processor"
+        )
+    return image.num_tokens
+
+
+def _grid(model: PreTrainedModel, image: EncodedImage) -> tuple[int, int, int]:
+    if image.grid_thw is None:
+        raise ValueError(
+            f"image {image.key!r} has no grid of patches (grid_thw), which {type(model).__name__} needs; "
+            "encode it with this model's own processor"
+        )
+    return image.grid_thw
 
 
 def check_prompt_images(model: PreTrainedModel, prompt: EncodedPrompt) -> None:
@@ -123,6 +142,8 @@ def forest_positions(
     in one segment, and for more or fewer images than the image tokens ask for.
     """
     if not uses_mrope(model):
+        if images:
+            _images_by_segment(model, layout, token_types, images)
         return layout.position_ids.unsqueeze(0)
     per_segment = _images_by_segment(model, layout, token_types, images)
     # An id of a text token is its index along the path plus a shift; an image shifts all that follows it on its path.

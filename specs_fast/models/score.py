@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specs_fast.data.types import EncodedImage, Scores, Tree
-from specs_fast.models.forest import opens_images, packed_hidden
+from specs_fast.models.forest import packed_hidden
 from specs_fast.models.head import head_of
-from specs_fast.models.images import encode_images
+from specs_fast.models.images import encode_images, visibility_kwargs
 from specs_fast.models.load import image_token_id
 from specs_fast.models.modes import scoring_mode
 from specs_fast.models.positions import check_prompt_images, segment_positions, uses_mrope
@@ -139,13 +139,13 @@ def _padded(model: PreTrainedModel, trees: Sequence[Tree]) -> tuple[Tensor, Tens
     longest = max(len(tree.prompt) + int(response.shape[0]) for tree, response in rows) - 1
     check_scorable(model, longest)
     input_ids_BL = torch.full((len(rows), longest), _pad_token_id(model), dtype=torch.long)
-    types_BL = torch.zeros_like(input_ids_BL)
+    token_types_BL = torch.zeros_like(input_ids_BL)
     predictors: list[Tensor] = []
     for row, (tree, response) in enumerate(rows):
         prompt, total = len(tree.prompt), len(tree.prompt) + int(response.shape[0]) - 1
         input_ids_BL[row, :prompt] = tree.prompt.input_ids
+        token_types_BL[row, :prompt] = tree.prompt.token_types
         input_ids_BL[row, prompt:total] = response[:-1]
-        types_BL[row, :prompt] = tree.prompt.token_types
         predictors.append(torch.arange(prompt - 1, total) + row * longest)
     row_images = [image for tree, _ in rows for image in tree.prompt.images]
     with scoring_mode(model):
@@ -154,7 +154,7 @@ def _padded(model: PreTrainedModel, trees: Sequence[Tree]) -> tuple[Tensor, Tens
             input_ids=input_ids_BL.to(device),
             position_ids=_padded_positions(model, [tree for tree, _ in rows], longest).to(device),
             use_cache=False,
-            **({"token_type_ids": types_BL.to(device)} if opens_images(model) else {}),
+            **visibility_kwargs(model, token_types_BL),
             **(features.model_kwargs(row_images) if features is not None else {}),
         )
     return output.last_hidden_state.flatten(0, 1), torch.cat(predictors).to(device)

@@ -12,9 +12,25 @@ from specs_fast.models.attention import text_module
 from specs_fast.models.load import vision_tower
 
 # Model types whose packed and separate runs agree in the test-suite. A type joins by being added to those tests.
-PACKABLE = ("gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen2_5_vl", "qwen3", "qwen3_moe", "qwen3_vl")
+PACKABLE = (
+    "gemma2",
+    "gemma3",
+    "gemma3_text",
+    "idefics3",
+    "llama",
+    "llava",
+    "mistral",
+    "qwen2",
+    "qwen2_5_vl",
+    "qwen3",
+    "qwen3_moe",
+    "qwen3_vl",
+    "smolvlm",
+)
 # Of these, the ones that call their text stack by a name of its own.
 _TEXT_STACKS = ("qwen2_5_vl_text", "qwen3_vl_text")
+# Model types without M-RoPE whose images are known: features of frames, one row of position ids.
+FRAME_MODELS = ("gemma3", "idefics3", "llava", "smolvlm")
 _WAY_OUT = "set packing: none (padded rows)"
 _ATTENTION_LAYERS = ("full_attention", "sliding_attention")
 _RECURRENT = ("mamba", "delta", "rwkv", "shortconv", "recurrent", "lightningattention", "lru", "xlstm", "mixer")
@@ -119,9 +135,14 @@ def check_takes_encoded_images(model: PreTrainedModel) -> None:
         raise ValueError(
             f"{name} has no vision tower, but a prompt has images; use a vision-language model or rows without images"
         )
-    parameters = inspect.signature(type(model.base_model).forward).parameters
-    if "mm_encoder_outputs" not in parameters or not hasattr(model.base_model, "get_rope_index"):
+    kind = model.config.model_type
+    if kind not in FRAME_MODELS and not hasattr(model.base_model, "get_rope_index"):
+        raise ValueError(
+            f"{name}: how model type {kind!r} takes images is not known here; known: the Qwen-VL family, "
+            f"{', '.join(FRAME_MODELS)}"
+        )
+    if "mm_encoder_outputs" not in inspect.signature(type(model.base_model).forward).parameters:
         raise ValueError(
             f"{name} of this transformers version does not take encoded images (no `mm_encoder_outputs` in its forward); "
-            "supported: Qwen2.5-VL and Qwen3-VL of a transformers release that has it"
+            "install transformers 5.23 or newer"
         )

@@ -17,13 +17,13 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from specs_fast.data.types import Completion, EncodedPrompt
-from specs_fast.models.images import ImageFeatures, encode_images
+from specs_fast.models.images import ImageFeatures, encode_images, visibility_kwargs
 from specs_fast.models.positions import check_position_limit, check_prompt_images, segment_positions, uses_mrope
 from specs_fast.rollout.draw import Truncation, draw, row_uniforms
 
 # Ended rows are dropped from the cache once they are this share of it: dropping copies the rows that stay.
 _COMPACT_SHARE = 0.125
-_VISION_TOKEN = re.compile(r"(image|video|vision|audio)\w*_token_(id|index)")
+_VISION_TOKEN = re.compile(r"(image|video|vision|audio|boi|eoi)\w*_token_(id|index)")
 
 
 @dataclass(frozen=True)
@@ -207,12 +207,14 @@ class Sampler:
         device = model.device
         longest = max(len(prompt) for prompt in prompts)
         ids_PL = torch.full((len(prompts), longest), self._pad, dtype=torch.long)
+        types_PL = torch.zeros_like(ids_PL)
         mask_PL = torch.zeros(len(prompts), longest, dtype=torch.bool)
         mrope = uses_mrope(model)
         positions = torch.zeros(3 if mrope else 1, len(prompts), longest, dtype=torch.long)
         for row, prompt in enumerate(prompts):
             start = longest - len(prompt)
             ids_PL[row, start:] = prompt.input_ids
+            types_PL[row, start:] = prompt.token_types
             mask_PL[row, start:] = True
             own = segment_positions(model, prompt.token_types, prompt.images) if mrope else torch.arange(len(prompt))
             positions[:, row, start:] = own
@@ -226,6 +228,7 @@ class Sampler:
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **visibility_kwargs(model, types_PL),
             **(features.model_kwargs(images) if features is not None else {}),
         ).logits[:, -1]
         next_P = positions[:, :, -1].amax(0) + 1

@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specs_fast.config import ModelConfig, SamplingConfig
-from specs_fast.data.batching import micro_batches
+from specs_fast.data.batching import cut, plan_trees, scatter
 from specs_fast.data.encode import Encoder
+from specs_fast.data.planner import Plan
 from specs_fast.data.types import Completion, Prompt, Scores, Tree
 from specs_fast.models.layers import fuse_layers
 from specs_fast.models.load import load_model, load_processor
@@ -59,14 +60,29 @@ class Policy:
         """Log-probs of all response tokens of the trees; differentiable in the model's trainable parameters."""
         return score(self.model, trees, packing=self.packing, temperature=temperature, return_entropy=return_entropy)
 
+    def plan(self, trees: Sequence[Tree], max_tokens: int, *, keep_whole: bool = False) -> Plan:
+        """Micro-batches of these trees, counted the way this policy packs them."""
+        return plan_trees(trees, max_tokens, packing=self.packing, keep_whole=keep_whole)
+
     @torch.no_grad()
-    def score_in_batches(self, trees: Sequence[Tree], max_tokens: int, *, temperature: float = 1.0) -> list[Tensor]:
-        """Log-probs without gradient, float32 ``[N_i]`` per tree, computed in micro-batches."""
-        logps: list[Tensor] = []
-        for batch in micro_batches(trees, max_tokens, packing=self.packing):
-            part = [trees[index] for index in batch]
-            scores = self.score(part, temperature=temperature)
-            logps.extend(scores.logp.split([tree.num_response_tokens for tree in part]))
+    def score_in_batches(
+        self,
+        trees: Sequence[Tree],
+        max_tokens: int,
+        *,
+        temperature: float = 1.0,
+        progress: Progress = SILENT,
+        label: str = "",
+    ) -> list[Tensor]:
+        """Log-probs without gradient, ``[N_i]`` per tree on the model's device, computed in micro-batches."""
+        outlines = trees.outlines if isinstance(trees, LazyTrees) else trees
+        plan = self.plan(outlines, max_tokens)
+        dtype = torch.promote_types(self.model.dtype, torch.float32)
+        logps = [torch.empty(tree.num_response_tokens, dtype=dtype, device=self.model.device) for tree in outlines]
+        with progress.track(label, len(plan)) as bar:
+            for parts in plan.micro_batches:
+                scatter(self.score(cut(trees, parts), temperature=temperature).logp, outlines, parts, logps)
+                bar.advance(1)
         return logps
 
     def sample(

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from specs_fast.config import DPOConfig, ModelConfig
-from specs_fast.data.batching import epochs, micro_batches
+from specs_fast.data.batching import cut, epochs, gather
 from specs_fast.data.types import Pair, Tree
 from specs_fast.progress import SILENT, Progress
 from specs_fast.stages.common import LazyTrees, Policy, stage_seed
@@ -100,16 +100,17 @@ def pair_tree(policy: Policy, pair: Pair) -> Tree:
 
 
 def batch_gradient(policy: Policy, trees: list[Tree], reference: list[Tensor], config: DPOConfig) -> dict[str, float]:
-    """Gradients of the mean loss over a batch of pairs, accumulated over micro-batches."""
+    """Gradients of the mean loss over a batch of pairs, accumulated over micro-batches; a pair is never split."""
     totals = MetricSum()
     chosen_tokens = sum(int(tree.responses[0].shape[0]) for tree in trees) if config.nll_mode == "token" else None
-    for batch in micro_batches(trees, config.micro_batch_tokens, packing=policy.packing):
-        scores = policy.score([trees[index] for index in batch], return_entropy=True)
+    plan = policy.plan(trees, config.micro_batch_tokens, keep_whole=True)
+    for parts in plan.micro_batches:
+        scores = policy.score(cut(trees, parts), return_entropy=True)
         device = scores.logp.device
-        segments = torch.arange(2 * len(batch), device=device).view(-1, 2)
+        segments = torch.arange(2 * len(parts), device=device).view(-1, 2)
         loss, metrics = preference_loss(
             scores.logp,
-            torch.cat([reference[index] for index in batch]).to(device),
+            gather(reference, trees, parts).to(device),
             scores.segment_ids,
             segments,
             kind="sigmoid",
@@ -125,7 +126,7 @@ def batch_gradient(policy: Policy, trees: list[Tree], reference: list[Tensor], c
         assert scores.entropy is not None
         share = scores.logp.numel() / sum(tree.num_response_tokens for tree in trees)
         totals.add({"loss": loss.detach(), "entropy": scores.entropy.detach().mean() * share})
-    return totals.values
+    return totals.values | plan.metrics()
 
 
 def reference_logps(
@@ -139,12 +140,8 @@ def reference_logps(
     lengths = [tree.num_response_tokens for tree in trees.outlines]
     if path.is_file():
         return list(load_file(path)["logp"].split(lengths)), True
-    logps: list[Tensor] = []
-    groups = micro_batches(trees.outlines, config.micro_batch_tokens, packing=policy.packing)
-    with progress.track(f"{stage}: reference log-probs", len(groups)) as bar:
-        for group in groups:
-            logps += policy.score_in_batches([trees[index] for index in group], config.micro_batch_tokens)
-            bar.advance(1)
+    label = f"{stage}: reference log-probs"
+    logps = policy.score_in_batches(trees, config.micro_batch_tokens, progress=progress, label=label)
     cache_dir.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     save_file({"logp": torch.cat(logps).cpu()}, temporary)
@@ -159,6 +156,7 @@ def cache_key(trees: Sequence[Tree], base: str, policy: Policy, config: DPOConfi
     settings += [choice.backend for choice in dispatch.describe(model.device)]
     settings += [native.instruction_set(), policy.fused_layers]
     digest = hashlib.sha256(json.dumps(settings).encode())
+    digest.update(repr(policy.plan(trees, config.micro_batch_tokens).micro_batches).encode())
     for tree in trees:
         digest.update(tree.prompt.input_ids.numpy().tobytes())
         digest.update("".join(image.key for image in tree.prompt.images).encode())

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from specs_fast.config import GRPOConfig, ModelConfig
-from specs_fast.data.batching import epochs, micro_batches
+from specs_fast.data.batching import cut, epochs, gather
 from specs_fast.data.types import Completion, Prompt, Tree
 from specs_fast.progress import SILENT, Progress
 from specs_fast.rewards.compose import RewardResult, RewardSet
@@ -154,40 +154,34 @@ def minibatch_gradient(policy: Policy, rollouts: Rollouts, indices: list[int], c
     totals = MetricSum()
     trees = [rollouts.trees[index] for index in indices]
     num_tokens = sum(tree.num_response_tokens for tree in trees)
-    batches = micro_batches(trees, config.micro_batch_tokens, packing=policy.packing)
-    for batch in batches:
-        chosen = [indices[position] for position in batch]
-        scores = policy.score(
-            [rollouts.trees[index] for index in chosen], temperature=config.sampling.temperature, return_entropy=True
-        )
-        advantage = torch.cat([_tree_advantages(rollouts, index, config.group_size) for index in chosen])
+    old_logp = [rollouts.old_logp[index] for index in indices]
+    ref_logp = None if rollouts.ref_logp is None else [rollouts.ref_logp[index] for index in indices]
+    advantages = rollouts.advantages.view(-1, config.group_size)[indices]
+    plan = policy.plan(trees, config.micro_batch_tokens)
+    for parts in plan.micro_batches:
+        scores = policy.score(cut(trees, parts), temperature=config.sampling.temperature, return_entropy=True)
+        advantage = torch.cat([advantages[part.tree, list(part.responses)] for part in parts])
         device = scores.logp.device
         loss, metrics = policy_loss(
             scores.logp,
-            torch.cat([rollouts.old_logp[index] for index in chosen]).to(device),
+            gather(old_logp, trees, parts).to(device),
             advantage.to(device)[scores.segment_ids],
             scores.segment_ids,
             kind="grpo",
             epsilon=config.epsilon,
             epsilon_high=config.epsilon_high,
             beta=config.beta,
-            ref_logp=None
-            if rollouts.ref_logp is None
-            else torch.cat([rollouts.ref_logp[i] for i in chosen]).to(device),
+            ref_logp=None if ref_logp is None else gather(ref_logp, trees, parts).to(device),
             aggregation=config.aggregation,
             denominator=_denominator(config, trees, num_tokens),
         )
         if config.aggregation == "bnpo":  # every micro-batch has its own denominator: average them, as TRL does
-            loss, metrics = loss / len(batches), {key: value / len(batches) for key, value in metrics.items()}
+            loss, metrics = loss / len(plan), {key: value / len(plan) for key, value in metrics.items()}
         loss.backward()
         totals.add(metrics)
         assert scores.entropy is not None
         totals.add({"loss": loss.detach(), "entropy": scores.entropy.detach().sum() / num_tokens})
-    return totals.values
-
-
-def _tree_advantages(rollouts: Rollouts, index: int, group_size: int) -> Tensor:
-    return rollouts.advantages[index * group_size : (index + 1) * group_size]
+    return totals.values | plan.metrics()
 
 
 def _denominator(config: GRPOConfig, trees: Sequence[Tree], num_tokens: int) -> float | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from specs_fast.config import DPOConfig, ModelConfig
-from specs_fast.data.batching import epochs, micro_batches
+from specs_fast.data.batching import cut, epochs
 from specs_fast.data.types import Prompt, Scores, Tree
 from specs_fast.progress import SILENT, Progress
 from specs_fast.stages.common import LazyTrees, Policy, stage_seed
@@ -67,13 +67,14 @@ def batch_gradient(policy: Policy, trees: list[Tree], config: DPOConfig) -> dict
     """Gradients of the batch's NLL, accumulated over micro-batches."""
     totals = MetricSum()
     num_tokens = sum(tree.num_response_tokens for tree in trees)
-    for batch in micro_batches(trees, config.micro_batch_tokens, packing=policy.packing):
-        scores = policy.score([trees[index] for index in batch], return_entropy=True)
+    plan = policy.plan(trees, config.micro_batch_tokens)
+    for parts in plan.micro_batches:
+        scores = policy.score(cut(trees, parts), return_entropy=True)
         loss = nll(scores, config.nll_mode, num_responses=len(trees), num_tokens=num_tokens)
         loss.backward()
         assert scores.entropy is not None
         totals.add({"loss": loss.detach(), "entropy": scores.entropy.detach().sum() / num_tokens})
-    return totals.values
+    return totals.values | plan.metrics()
 
 
 def nll(scores: Scores, mode: str, *, num_responses: int, num_tokens: int) -> Tensor:

@@ -1,28 +1,34 @@
-"""The tables of docs/kernels.md are those of the committed JSON, and the plots are there."""
+"""The tables of the pages in docs/ are those of the committed JSON, and the plots are there."""
 
 from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from bench import tables
 
 
-def test_the_page_shows_the_committed_results() -> None:
-    text = tables.PAGE.read_text(encoding="utf-8")
+@pytest.mark.parametrize("path", tables.PAGES, ids=lambda path: path.name)
+def test_the_page_shows_the_committed_results(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert "<!-- bench: " in text
     assert tables.page(text) == text, "run python -m bench.tables"
 
 
-def test_pictures_of_the_page_exist() -> None:
-    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", tables.PAGE.read_text(encoding="utf-8"))
-    assert all((tables.PAGE.parent / picture).is_file() for picture in pictures)
+@pytest.mark.parametrize("path", tables.PAGES, ids=lambda path: path.name)
+def test_pictures_of_the_page_exist(path: Path) -> None:
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", path.read_text(encoding="utf-8"))
+    assert pictures and all((path.parent / picture).is_file() for picture in pictures)
 
 
 def test_committed_results_carry_their_provenance() -> None:
     paths = [
         path
-        for op in ("linear_logprob", "selective_logprob", "packed_attention")
+        for op in ("linear_logprob", "selective_logprob", "packed_attention", "update")
         for path in tables.RESULTS.glob(f"*/{op}.json")
     ]
     for path in paths:

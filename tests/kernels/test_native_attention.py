@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from specs_kernels import PackedLayout, native, packed_attention
-from specs_kernels.packed_attention.native import forest_runs
+from specs_kernels.packed_attention.native import run_table
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
 WIDEST = 3
@@ -141,7 +141,7 @@ def test_order_of_siblings_does_not_matter_bit_for_bit() -> None:
 @given(forest=forests(max_segments=12, max_length=5))
 def test_runs_cover_the_row_and_lead_to_the_whole_path(forest: Forest) -> None:
     layout = PackedLayout.from_segments(forest.lengths, forest.parents)
-    runs = forest_runs(layout).tolist()
+    runs = run_table(layout).tolist()
     assert [start for start, *_ in runs] == [0, *(end for _, end, *_ in runs)][: len(runs)]
     assert (runs[-1][1] if runs else 0) == forest.num_tokens
     for segment in range(len(forest.lengths)):
@@ -156,9 +156,9 @@ def test_runs_cover_the_row_and_lead_to_the_whole_path(forest: Forest) -> None:
 
 
 def test_a_chain_of_segments_is_one_run_and_empty_ones_leave_no_trace() -> None:
-    assert forest_runs(PackedLayout.from_segments([3, 0, 2, 4], [-1, 0, 1, 2])).tolist() == [[0, 9, -1, 0]]
+    assert run_table(PackedLayout.from_segments([3, 0, 2, 4], [-1, 0, 1, 2])).tolist() == [[0, 9, -1, 0]]
     branched = PackedLayout.from_segments([3, 0, 2, 4, 1], [-1, 0, 1, 1, -1])
-    assert forest_runs(branched).tolist() == [[0, 3, -1, 0], [3, 5, 0, 3], [5, 9, 0, 3], [9, 10, -1, 0]]
+    assert run_table(branched).tolist() == [[0, 3, -1, 0], [3, 5, 0, 3], [5, 9, 0, 3], [9, 10, -1, 0]]
 
 
 def test_memory_is_linear_in_tokens() -> None:

@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import Gemma3TextConfig
 from transformers.models.gemma3.modeling_gemma3 import create_masks_for_vision_model, get_block_sequence_ids_for_mask
 
-from specs_fast.models.forest import image_spans, opens_images, with_open_images
+from specs_fast.models.forest import image_spans, with_open_images
+from specs_fast.models.images import images_see_both_ways
 from specs_kernels import PackedLayout
 
 
@@ -57,7 +58,7 @@ def test_images_that_touch_across_segments_are_refused(lengths: list[int], paren
 
 def test_other_models_and_rows_without_images_keep_their_layout() -> None:
     layout = PackedLayout.from_segments([4], [-1])
-    assert not opens_images(make_model("gemma3_text"))
+    assert not images_see_both_ways(make_model("gemma3_text"))
     assert with_open_images(make_model("gemma3_text"), layout, types_of("tiit")) is layout
     assert with_open_images(gemma3(), layout, types_of("tttt")) is layout
     opened = with_open_images(gemma3(), layout, types_of("tiit"))

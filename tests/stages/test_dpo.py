@@ -34,7 +34,9 @@ def pairs(mini_lab: LabPaths) -> list[Pair]:
 
 def gradient(policy: Policy, pairs: list[Pair], config: DPOConfig, reference: list[torch.Tensor]) -> torch.Tensor:
     policy.model.zero_grad(set_to_none=True)
-    batch_gradient(policy, [pair_tree(policy, pair) for pair in pairs], reference, config)
+    metrics = batch_gradient(policy, [pair_tree(policy, pair) for pair in pairs], reference, config)
+    assert metrics["packing/split_trees"] == 0  # the loss of a pair needs both sides
+    assert metrics["packing/over_budget"] == (len(pairs) if config.micro_batch_tokens == 1 else 0)
     return torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None])
 
 

@@ -62,13 +62,30 @@ def test_micro_batches_and_packing_never_change_the_gradient(
     rollouts = rollouts_of(policy, prompts, config)
     whole, metrics = gradient(policy, rollouts, config)
     cut, cut_metrics = gradient(policy, rollouts, replace(config, micro_batch_tokens=1))
+    largest = max(tree.num_tokens for tree in rollouts.trees)
+    split, split_metrics = gradient(policy, rollouts, replace(config, micro_batch_tokens=largest - 1))
+    assert metrics["packing/split_trees"] == 0 and metrics["packing/micro_batches"] == 1
+    assert cut_metrics["packing/split_trees"] == 4 and cut_metrics["packing/over_budget"] == 16
+    assert 1 <= split_metrics["packing/split_trees"] < 4 and split_metrics["packing/over_budget"] == 0
     policy.packing = "none"
     padded, padded_metrics = gradient(policy, rollouts, config)
     assert whole.norm() > 0
-    assert close(cut, whole) < 1e-5 and close(padded, whole) < 1e-5
+    assert close(cut, whole) < 1e-5 and close(split, whole) < 1e-5 and close(padded, whole) < 1e-5
     for key in ("loss", "entropy", "kl"):
         assert cut_metrics[key] == pytest.approx(metrics[key], abs=1e-5)
+        assert split_metrics[key] == pytest.approx(metrics[key], abs=1e-5)
         assert padded_metrics[key] == pytest.approx(metrics[key], abs=1e-5)
+
+
+def test_log_probs_of_split_trees_come_back_in_the_order_of_trees(mini_lab: LabPaths, prompts: list[Prompt]) -> None:
+    policy = Policy.load(mini_lab.base_dir, MODEL, trainable=False)
+    trees = rollouts_of(policy, prompts).trees
+    whole = policy.score_in_batches(trees, 16384)
+    largest = max(tree.num_tokens for tree in trees)
+    for packing, budget in (("shared", largest - 1), ("shared", 1), ("none", 100)):
+        policy.packing = packing  # type: ignore[assignment]
+        parts = policy.score_in_batches(trees, budget)
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(parts, whole, strict=True))
 
 
 def test_bnpo_averages_micro_batches_in_metrics_as_in_the_loss(mini_lab: LabPaths, prompts: list[Prompt]) -> None:
@@ -168,6 +185,7 @@ def test_a_run_is_deterministic_and_leaves_a_loadable_model(
         "reward", "reward_std", "rewards/format/mean", "rewards/accuracy/mean", "frac_reward_zero_std", "entropy",
         "completions/mean_length", "completions/clipped_ratio", "clip_ratio/region_mean", "loss", "grad_norm",
         "learning_rate", "num_tokens", "step_time", "sampling/sampling_logp_difference/max",
+        "packing/fill", "packing/balance_tokens", "packing/balance_pairs", "packing/padding_waste", "packing/split_trees",
     }  # fmt: skip
     assert expected <= rows[0][0].keys()
     same = (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()

@@ -1,9 +1,8 @@
 """``packed_attention`` in C++ on CPU (``csrc/cpu/packed_attention*``): a flash kernel over the forest.
 
-The row is cut into *runs*: a segment, or a chain of segments without branches, in which every token sees all earlier
-ones. A tile of queries meets the keys of its own run and of the runs above it, in blocks, so the cost follows the
-visible pairs, whatever the shape of the forest; with a window, blocks out of sight are skipped. All query heads of one
-key head share a tile, and a prefix is stored once.
+The row is cut into *runs* (``runs.py``). A tile of queries meets the keys of its own run and of the runs above it, in
+blocks, so the cost follows the visible pairs, whatever the shape of the forest; with a window, blocks out of sight are
+skipped. All query heads of one key head share a tile, and a prefix is stored once.
 
 fp32 and fp64 run as they are; fp16 and bf16 are computed in fp32. Sums have one order, given by layout and head counts:
 results do not depend on the number of threads. Between instruction sets (AVX-512, AVX2, portable) they differ by
@@ -20,42 +19,23 @@ from torch import Tensor
 
 from specs_kernels import checks
 from specs_kernels.layout import PackedLayout
+from specs_kernels.packed_attention.runs import forest_runs
 from specs_kernels.softmax import accumulation_dtype
 
 HEAD_MULTIPLE = 16
 """Head sizes are padded to a multiple of this: zeros change neither scores nor gradients."""
 
 
-def forest_runs(layout: PackedLayout) -> Tensor:
-    """int64 ``[runs, 4]``: first token, end, run above or -1, position of the first token; depth-first, kept per layout.
-
-    A segment continues the run of its parent when nothing lies between them and nothing of the parent's subtree comes
-    after its own.
-    """
-    runs = layout.cache.get("packed_attention.native")
-    if runs is None:
-        rows: list[list[int]] = []
-        run_ends: list[int] = []  # end of the subtree of each run
-        run_of: list[int] = []
-        start = 0
-        for length, parent, subtree_end in zip(layout.lengths, layout.parents, layout.subtree_ends, strict=True):
-            above = run_of[parent] if parent >= 0 else -1
-            if length == 0:  # its children see what its parent's would
-                run_of.append(above)
-            elif above >= 0 and rows[above][1] == start and run_ends[above] == subtree_end:
-                rows[above][1] = start + length
-                run_of.append(above)
-            else:
-                position = rows[above][3] + rows[above][1] - rows[above][0] if above >= 0 else 0
-                run_of.append(len(rows))
-                rows.append([start, start + length, above, position])
-                run_ends.append(subtree_end)
-            start += length
+def run_table(layout: PackedLayout) -> Tensor:
+    """int64 ``[runs, 4]``: first token, end, run above or -1, position of the first token; depth-first, kept per layout."""
+    table = layout.cache.get("packed_attention.native")
+    if table is None:
+        rows = [run[:4] for run in forest_runs(layout)]
         with torch.inference_mode(False):  # the first call may be a rollout's, the next one a training step's
-            runs = torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 4)
-        if type(runs) is Tensor:  # not a tracer's stand-in
-            layout.cache["packed_attention.native"] = runs
-    return runs
+            table = torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 4)
+        if type(table) is Tensor:  # not a tracer's stand-in
+            layout.cache["packed_attention.native"] = table
+    return table
 
 
 def _rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -91,7 +71,7 @@ class _PackedAttention(torch.autograd.Function):
         ctx.options = (scale, softcap or 0.0, window or 0)
         ctx.layout, ctx.dtype, ctx.head_dim = layout, query.dtype, query.shape[2]
         padded_out, lse = torch.ops.specs_kernels.packed_attention_forward(
-            *rows, layout.visible_from, forest_runs(layout), *ctx.options
+            *rows, layout.visible_from, run_table(layout), *ctx.options
         )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*rows, padded_out, lse)
@@ -114,7 +94,7 @@ class _PackedAttention(torch.autograd.Function):
                 out,
                 lse,
                 ctx.layout.visible_from,
-                forest_runs(ctx.layout),
+                run_table(ctx.layout),
                 *ctx.options,
             )
             dquery, dkey, dvalue = (_unpadded(grad, ctx.head_dim).to(ctx.dtype) for grad in grads)

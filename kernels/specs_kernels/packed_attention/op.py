@@ -14,6 +14,7 @@ from specs_kernels.dispatch import choose
 from specs_kernels.layout import PackedLayout
 from specs_kernels.linear_logprob.autograd import without_autocast
 from specs_kernels.linear_logprob.library import traced
+from specs_kernels.packed_attention.cascade import packed_attention_cascade
 from specs_kernels.packed_attention.chunked import packed_attention_chunked
 from specs_kernels.packed_attention.library import OPERATOR
 from specs_kernels.packed_attention.native import packed_attention_native
@@ -31,6 +32,7 @@ def _backend(name: str) -> _Run:
         return packed_attention_triton
     return {
         "reference": packed_attention_reference,
+        "cascade": packed_attention_cascade,
         "chunked": packed_attention_chunked,
         "native": packed_attention_native,
     }[name]
@@ -85,14 +87,17 @@ def packed_attention(
     query: ``[T, H, Dh]``; key, value: ``[T, Hkv, Dh]`` with H a multiple of Hkv (query heads h*H/Hkv to (h+1)*H/Hkv - 1
         use key head h, as in transformers); fp16, bf16, fp32 or fp64, any strides. T = 0 is legal.
     scale: None is 1/sqrt(Dh). softcap: a number above 0 or None. window: an int >= 1, counting the token itself.
-    backend: "auto", "native" (C++, CPU), "triton" (GPU; fp16 and bf16 with heads of at most 256, fp32 of at most 128; "auto" does
-        not take it), "chunked" or "reference".
+    backend: "auto", "native" (C++, CPU), "triton" (GPU; fp16 and bf16 with heads of at most 256, fp32 of at most 128), "cascade"
+        (GPU, fp16 and bf16, heads of at most 256 in multiples of 8: the varlen attention of torch or flash-attn in pieces; no
+        softcap, no bidirectional spans, no scale of 0 or less, a window only where no prefix is shared: ValueError; no gradient
+        of lse: RuntimeError), "chunked" or "reference". "auto" takes neither "triton" nor "cascade".
 
     Returns out ``[T, H, Dh]`` in the query's dtype, and with ``return_lse`` also lse ``[T, H]``, fp32 (fp64 for fp64
     inputs). Gradients flow to query, key and value from both outputs; differentiable once: under
     ``create_graph=True`` the backward raises RuntimeError.
-    Numerics: fp32 (fp64) throughout, one rounding of each result ("triton" also rounds probabilities and their gradients to the
-    inputs' dtype before they are multiplied); deterministic. A segment's result does not depend,
+    Numerics: fp32 (fp64) throughout, one rounding of each result ("triton" and "cascade" also round probabilities and their
+    gradients to the inputs' dtype before they are multiplied, "cascade" the result of each piece too); deterministic ("cascade"
+    backward: under ``torch.use_deterministic_algorithms(True)``). A segment's result does not depend,
     bit for bit, on what its siblings' tokens hold.
 
     Raises ValueError for wrong shapes, dtypes or devices, and for scale, softcap or window out of range.
@@ -128,13 +133,14 @@ def packed_attention(
             f"and softcap from {limits.tiny:.4g} to {limits.max:.4g}"
         )
     in_graph = traced(query, key, value)
-    if in_graph and backend != "reference":
+    if in_graph and backend not in ("reference", "cascade"):
         out, lse = OPERATOR(query, key, value, layout.description, float(scale), softcap, window, backend)
         return (out, lse) if return_lse else out
     if not in_graph and window is not None and window >= num_tokens:
         window = None  # no path is longer than the row
-    # Which backends can run here is looked up inside the operator: a tracer cannot follow it. The reference is traced as it is.
-    run = _backend("reference" if in_graph else choose("packed_attention", backend, query.device).backend)
+    # Which backends can run here is looked up inside the operator: a tracer cannot follow it. The reference is traced as it is,
+    # the cascade breaks the graph.
+    run = _backend(backend if in_graph else choose("packed_attention", backend, query.device).backend)
     with without_autocast(query.device):
         out, lse = run(query, key, value, layout, float(scale), softcap, window)
     return (out, lse) if return_lse else out
