@@ -27,7 +27,8 @@ class ModelConfig:
     dtype: of weights and activations. float32 is the default because CPU runs need it; GPU recipes set bfloat16
         (float16 would need loss scaling).
     device: "auto" is the GPU where there is one, else the CPU.
-    freeze_vision: keep the vision tower's weights fixed (ours, as MM-EUREKA's script; the paper does not say).
+    freeze_vision: keep what makes image features fixed, the vision tower and its merger or projector (ours, as MM-EUREKA's
+        script; the paper does not say).
     packing: "shared" stores each prompt once with its responses as branches; "none" is the padded forward, for models
         that cannot be packed.
     gradient_checkpointing: recompute activations in the backward (less memory, about a third more compute).

@@ -51,8 +51,17 @@ class PackedLayout:
     """End of each segment's subtree: one past the last token of its last descendant, on the host."""
     bidirectional: tuple[tuple[int, int], ...]
     """Half-open bidirectional token ranges sorted by start, on the host."""
+    description: Tensor = field(init=False)
+    """int64 ``[2 + 2 S + 2 R]``, always on the host: S, R, lengths, parents, starts and ends of the R bidirectional ranges. The
+    whole layout as one tensor, which is how it enters a compiled graph."""
     cache: dict[Any, Any] = field(default_factory=dict, init=False)
     """Derived plans of the backends (index tensors on this layout's device), computed once per layout."""
+
+    def __post_init__(self) -> None:
+        starts, ends = ([span[side] for span in self.bidirectional] for side in (0, 1))
+        numbers = [len(self.lengths), len(starts), *self.lengths, *self.parents, *starts, *ends]
+        description = torch.tensor(numbers, dtype=torch.int64, device="cpu")
+        object.__setattr__(self, "description", description)  # the class is frozen
 
     @classmethod
     @torch.inference_mode(False)  # a layout made during a rollout may serve a training step

@@ -14,18 +14,21 @@ results are that softmax's gradients through these keys.
 "torch": ``aten::_flash_attention_forward`` and ``_backward``, what ``torch.nn.attention.varlen`` calls: FlashAttention-2, or what
     ``torch.nn.attention.activate_flash_attention_impl`` put in its place ("FA3", "FA4"). NVIDIA. The ops are private: their
     signatures are known for torch 2.11 to 2.13, other versions are refused.
-"flash_attn": the package flash-attn, 2.7 and 2.8, NVIDIA and AMD; taken where torch's cannot run.
+"flash_attn": the package flash-attn, 2.7 and 2.8, NVIDIA and AMD (not its Triton kernels for AMD, which pass over a window in
+    silence); taken where torch's cannot run.
 "stand-in": the contract in plain PyTorch, on any device, slow; for tests, by :func:`use` alone.
 
 Kernels of both libraries take fp16 and bf16, heads of at most 256 in multiples of 8, and sum in fp32; they round p and ds to the
 inputs' dtype as operands, and with fewer key than query heads dk and dv of every query head before these are added up.
-Deterministic backward: under ``torch.use_deterministic_algorithms(True)``, otherwise dq (in FlashAttention-3 also dk and dv) is
-summed by atomics. Under ``warn_only=True`` torch's FlashAttention-2 warns and stays as it is.
+Where a score is NaN, out is NaN, and lse is NaN or, from FlashAttention-2, inf.
+Deterministic backward: under ``torch.use_deterministic_algorithms(True)``; otherwise dq, at least, is summed by
+atomics. Under ``warn_only=True`` torch's FlashAttention-2 warns and stays as it is.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -154,11 +157,13 @@ def _installed(package: str) -> str | None:
         return None
 
 
-def _flash_attn_lacks(version: str | None) -> str | None:
+def _flash_attn_lacks(version: str | None, amd_triton: str = "FALSE") -> str | None:
     if version is None:
         return "flash-attn is not installed: pip install flash-attn"
     if not (2, 7) <= _version(version) <= (2, 8):
         return f"flash-attn {version}: the signatures of its varlen functions are known for 2.7 and 2.8"
+    if amd_triton == "TRUE":
+        return "flash-attn's Triton kernels for AMD ignore a window: unset FLASH_ATTENTION_TRITON_AMD_ENABLE"
     return None
 
 
@@ -294,7 +299,9 @@ def _checked_lse(lse: Tensor, query: Tensor) -> Tensor:
 
 
 _FLASH_ATTN = _installed("flash_attn")
-_LACKS = {"torch": _torch_lacks(), "flash_attn": _flash_attn_lacks(_FLASH_ATTN)}
+_AMD_TRITON = os.environ.get("FLASH_ATTENTION_TRITON_AMD_ENABLE", "FALSE")
+"""flash-attn reads it once, too, when imported."""
+_LACKS = {"torch": _torch_lacks(), "flash_attn": _flash_attn_lacks(_FLASH_ATTN, _AMD_TRITON)}
 """What keeps each from running on a GPU."""
 _LIBRARIES: dict[str, Callable[[], Varlen]] = {
     "torch": lambda: Varlen(f"varlen attention of torch {torch.__version__}", _torch_forward, _torch_backward, True),

@@ -86,9 +86,9 @@ def _packed_attention_cases(generator: torch.Generator, device: torch.device) ->
     for attention in (
         _Attention("prompts and responses", prompts, 6, 2),
         _Attention("deep, bidirectional spans", spans, 4, 4),
-        _Attention("deep, window, softcap", spans, 4, 1, softcap=5.0, window=50),
         _Attention("deep, gradient of out alone", trees, 4, 2, grad_lse=False),
         _Attention("flat, window, gradient of out alone", flat, 4, 2, window=30, grad_lse=False),
+        _Attention("deep, window, softcap", spans, 4, 1, softcap=5.0, window=50),
     ):
         inputs = {
             name: torch.randn(attention.layout.num_tokens, heads, 32, generator=generator)

@@ -156,7 +156,7 @@ class Encoder:
         pixels = _without_prompts(torch.as_tensor(inputs["pixel_values"], dtype=torch.float32)).clone()
         mask = inputs.get("pixel_attention_mask")
         if mask is not None:
-            mask = torch.as_tensor(mask, dtype=torch.int64)[0].clone()
+            mask = torch.as_tensor(mask)[0].bool()
         num_tokens = inputs["input_ids"][0].tolist().count(self.image_token_id)
         parts = [tensor.contiguous().numpy().tobytes() for tensor in (pixels, mask) if tensor is not None]
         digest = hashlib.sha1(b"".join((repr(tuple(pixels.shape)).encode(), *parts))).hexdigest()
@@ -240,4 +240,5 @@ def _image_token_id(processor: Any) -> int | None:
 
 
 def _size(prompt: EncodedPrompt) -> int:
-    return prompt.input_ids.nbytes + sum(image.pixel_values.nbytes for image in prompt.images)
+    masks = [image.pixel_attention_mask for image in prompt.images if image.pixel_attention_mask is not None]
+    return prompt.input_ids.nbytes + sum(tensor.nbytes for tensor in (*(i.pixel_values for i in prompt.images), *masks))

@@ -67,8 +67,8 @@ class EncodedImage:
     Qwen-VL family: pixel_values float32 ``[patches, patch_dim]``, and grid_thw, patches in time, height, width (before
     merging).
     Other models: pixel_values float32 ``[frames, C, H, W]``, one frame or, of an image that is shown in tiles or crops,
-    several; num_tokens, the tokens that the image takes in the text; pixel_attention_mask int64 ``[frames, H, W]`` where the
-    model takes one (0 on padding).
+    several; num_tokens, the tokens that the image takes in the text; pixel_attention_mask bool ``[frames, H, W]`` where the
+    model takes one (False on padding).
     """
 
     key: str

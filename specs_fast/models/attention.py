@@ -192,10 +192,14 @@ def _switched(part: nn.Module, name: str) -> Iterator[None]:
         if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func")
     ]
     previous = [module._gradient_checkpointing_func for module in checkpointed]
+    # Found here and not in the layer: a compiled layer would be compiled again for each walk over the modules.
+    configs = list(
+        {id(module.config): module.config for module in part.modules() if hasattr(module, "config")}.values()
+    )
     try:
         for module, function in zip(checkpointed, previous, strict=True):
-            module._gradient_checkpointing_func = _recomputing_under(part, name, function)  # type: ignore[assignment]
-        with _named(part, name):
+            module._gradient_checkpointing_func = _recomputing_under(configs, name, function)  # type: ignore[assignment]
+        with _named(configs, name):
             yield
     finally:
         for module, function in zip(checkpointed, previous, strict=True):
@@ -203,24 +207,21 @@ def _switched(part: nn.Module, name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _named(part: nn.Module, name: str) -> Iterator[None]:
-    configs: dict[int, Any] = {
-        id(module.config): module.config for module in part.modules() if hasattr(module, "config")
-    }
-    previous = {key: config._attn_implementation for key, config in configs.items()}
+def _named(configs: list[Any], name: str) -> Iterator[None]:
+    previous = [config._attn_implementation for config in configs]
     try:
-        for config in configs.values():
+        for config in configs:
             config._attn_implementation = {"": name}  # {"": ...}: this config and none of its sub-configs
         yield
     finally:
-        for key, config in configs.items():
-            config._attn_implementation = {"": previous[key]}
+        for config, implementation in zip(configs, previous, strict=True):
+            config._attn_implementation = {"": implementation}
 
 
-def _recomputing_under(part: nn.Module, name: str, checkpoint: Any) -> Callable[..., Any]:
+def _recomputing_under(configs: list[Any], name: str, checkpoint: Any) -> Callable[..., Any]:
     def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         def run(*inner: Any, **inner_kwargs: Any) -> Any:
-            with _named(part, name):
+            with _named(configs, name):
                 return function(*inner, **inner_kwargs)
 
         return checkpoint(run, *args, **kwargs)

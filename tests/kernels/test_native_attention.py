@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from packed_forests import Forest, forests
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode, UnsupportedOperatorException
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from specs_kernels import PackedLayout, native, packed_attention
 from specs_kernels.packed_attention.native import run_table
@@ -191,8 +191,9 @@ def test_an_empty_row_of_any_strides_has_empty_gradients(head_dim: int) -> None:
 
 def test_a_layout_met_while_tracing_still_serves_real_tensors() -> None:
     layout = PackedLayout.from_segments([5, 3], [-1, 0])
-    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(UnsupportedOperatorException):
-        packed_attention(*(torch.zeros(8, 1, 16) for _ in range(3)), layout, backend="native")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = packed_attention(*(torch.zeros(8, 1, 16) for _ in range(3)), layout, backend="native")
+    assert fake.shape == (8, 1, 16)
     with torch.device("meta"):
         out = packed_attention(*(torch.zeros(8, 1, 16, device="cpu") for _ in range(3)), layout, backend="native")
     assert out.device.type == "cpu" and not out.any()

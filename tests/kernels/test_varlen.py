@@ -296,6 +296,10 @@ def test_flash_attn_versions(version: str | None, reason: str | None) -> None:
     assert found is None if reason is None else reason in str(found)
 
 
+def test_flash_attns_other_kernels_for_amd_are_not_taken() -> None:
+    assert "unset FLASH_ATTENTION_TRITON_AMD_ENABLE" in str(varlen._flash_attn_lacks("2.8.3", "TRUE"))
+
+
 def test_only_known_libraries_can_be_asked_for_and_the_question_ends_with_its_block() -> None:
     with pytest.raises(ValueError, match="no varlen library 'fa3'; there are 'torch', 'flash_attn', 'stand-in'"):
         with varlen.use("fa3"):

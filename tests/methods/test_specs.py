@@ -63,7 +63,10 @@ def test_bad_rows_stop_the_run_before_any_training(
     [
         (["eval.splits.id=nowhere.jsonl"], r"nowhere\.jsonl: no such file"),
         (["eval.splits.id={bad}"], r"bad\.jsonl:2: column 'answer' is missing"),
-        (["eval.splits.id={token}"], r"token\.jsonl:1: the processor refused"),
+        (
+            ["eval.splits.id={token}"],
+            r"token\.jsonl:1: prompt 'token:1' has 0 images, but its text holds 1 image placeholders",
+        ),
         (
             ["pairs.judge=no_such_module:agrees"],
             r"judge 'no_such_module:agrees': module 'no_such_module' was not found",

@@ -7,6 +7,8 @@ import torch
 from refused_models import REFUSED, linear_attention, mamba, refusal
 from separate_runs import separate_scores
 from tiny_models import MODELS, make_model, mixed_trees, text_ids
+from tiny_vision_models import KINDS as FRAME_KINDS
+from tiny_vision_models import make_vision_model
 
 from specs_fast.data.types import Tree
 from specs_fast.models import score
@@ -43,7 +45,8 @@ def test_compared_models_are_packable(kind: str) -> None:
 
 
 def test_every_packable_type_is_compared() -> None:
-    assert {make_model(kind).config.model_type for kind in MODELS} == set(PACKABLE)
+    compared = [*map(make_model, MODELS), *map(make_vision_model, FRAME_KINDS)]
+    assert {model.config.model_type for model in compared} == set(PACKABLE)
 
 
 def test_text_stack_that_was_not_compared_is_refused() -> None:

@@ -1,8 +1,9 @@
-"""Encoding with the processors of LLaVA, Idefics3 and Gemma-3 (their own classes and PIL image processors)."""
+"""Encoding with the processors of LLaVA, Idefics3, SmolVLM and Gemma-3 (their own classes and PIL image processors)."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,18 +12,38 @@ from PIL import Image
 from tiny_models import IMAGE, VISION_END, VISION_START, VOCAB
 from tiny_vision_models import SIDE, make_vision_model
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import Gemma3Processor, Idefics3Processor, LlavaProcessor, PreTrainedTokenizerFast
+from transformers import (
+    Gemma3Processor,
+    Idefics3Processor,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+    SmolVLMProcessor,
+)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from specs_fast.data.encode import Encoder
 from specs_fast.data.types import EncodedPrompt, Prompt, Tree
 from specs_fast.models import load_processor, score
 
-KINDS = ("llava", "idefics3", "gemma3")
-_NAMES = {"llava": "<image>", "idefics3": "<image>", "gemma3": "<image_soft_token>"}
+KINDS = ("llava", "idefics3", "smolvlm", "gemma3")
+SAVED = ("llava", "idefics3", "gemma3")
+_NAMES = {kind: "<image_soft_token>" if kind == "gemma3" else "<image>" for kind in KINDS}
 _WORDS = "what is the sum of these two digits ? user assistant : 7 8 here Here".split()
+
+
+class ImageOnlySmolVLMProcessor(SmolVLMProcessor):
+    """SmolVLM's processor without its video part, which needs torchvision and num2words."""
+
+    def __init__(self, image_processor: Any, tokenizer: Any, image_seq_len: int, chat_template: str) -> None:
+        self.fake_image_token, self.image_token = "<fake_token_around_image>", "<image>"
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        self.global_image_token, self.video_token, self.image_seq_len = "<global-img>", "<video>", image_seq_len
+        self.video_processor = SimpleNamespace(num_frames=1, fps=1)
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
 
 def make_tokenizer(kind: str) -> PreTrainedTokenizerFast:
@@ -66,6 +87,9 @@ def make_processor(kind: str) -> Any:
     if kind == "idefics3":
         images = Idefics3ImageProcessorPil(size={"longest_edge": 2 * SIDE}, max_image_size={"longest_edge": SIDE})
         return Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=template)
+    if kind == "smolvlm":
+        images = SmolVLMImageProcessorPil(size={"longest_edge": 2 * SIDE}, max_image_size={"longest_edge": SIDE})
+        return ImageOnlySmolVLMProcessor(images, tokenizer, image_seq_len=4, chat_template=template)
     images = Gemma3ImageProcessorPil(size=square)
     return Gemma3Processor(images, tokenizer, image_seq_length=4, chat_template=template)
 
@@ -118,7 +142,8 @@ def test_encoded_prompts_score_as_the_processors_output_does(kind: str, packing:
     torch.testing.assert_close(scores.logp, expected, atol=1e-5, rtol=0)
     assert [len(prompt.images) for prompt in encoded] == [1, 2, 0]
     frames = [len(image.pixel_values) for prompt in encoded for image in prompt.images]
-    assert frames == {"llava": [1, 1, 1], "idefics3": [5, 3, 5], "gemma3": [1, 4, 1]}[kind]
+    tiles = [5, 3, 5]
+    assert frames == {"llava": [1, 1, 1], "idefics3": tiles, "smolvlm": tiles, "gemma3": [1, 4, 1]}[kind]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -171,7 +196,7 @@ def test_images_that_are_padded_to_each_other_are_refused() -> None:
         Encoder(processor).prompt(make_prompt("sum ?", (20, 20), (40, 16)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SAVED)
 def test_a_saved_processor_loads_without_torchvision(kind: str, tmp_path: Path) -> None:
     processor = make_processor(kind)
     processor.save_pretrained(tmp_path)

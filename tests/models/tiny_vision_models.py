@@ -14,6 +14,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedModel,
+    SiglipVisionConfig,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
 )
@@ -56,6 +57,13 @@ def make_vision_model(kind: str, *, seed: int = 0) -> PreTrainedModel:
         model = LlavaForConditionalGeneration(
             LlavaConfig(text_config={"model_type": "llama", **_TEXT}, vision_config=vision, image_token_index=IMAGE)
         )
+    elif kind == "llava of SigLIP and Qwen2":
+        tower = SiglipVisionConfig(**_VISION, vision_use_head=False)
+        text = {**_TEXT, "model_type": "qwen2"}
+        tower_features = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+        model = LlavaForConditionalGeneration(
+            LlavaConfig(text_config=text, vision_config=tower, image_token_index=IMAGE, **tower_features)
+        )
     elif kind in ("idefics3", "smolvlm"):
         config_class = Idefics3Config if kind == "idefics3" else SmolVLMConfig
         model_class = Idefics3ForConditionalGeneration if kind == "idefics3" else SmolVLMForConditionalGeneration
@@ -86,9 +94,9 @@ def make_frames(kind: str, key: str, frames: int = 1) -> EncodedImage:
     """An image whose pixels are a function of its key; of several frames for the models that cut images in tiles."""
     generator = torch.Generator().manual_seed(sum(key.encode()) + 1000 * len(key))
     pixels = torch.randn(frames, 3, SIDE, SIDE, generator=generator)
-    mask = torch.ones(frames, SIDE, SIDE, dtype=torch.long) if kind in ("idefics3", "smolvlm") else None
+    mask = torch.ones(frames, SIDE, SIDE, dtype=torch.bool) if kind in ("idefics3", "smolvlm") else None
     if mask is not None and key.startswith("padded"):
-        mask[-1, SIDE - PATCH :] = 0
+        mask[-1, SIDE - PATCH :] = False
         pixels[-1, :, SIDE - PATCH :] = 0.0
     return EncodedImage(key, pixels, num_tokens=frames * FRAME_TOKENS[kind], pixel_attention_mask=mask)
 

@@ -18,7 +18,8 @@ the rounded sum of two pieces at most, dq is summed in fp32 where there are more
 where that of ``varlen.py`` is: under ``torch.use_deterministic_algorithms(True)``. No token meets another of a sibling or of
 another tree in one softmax; in the backward of a prefix, siblings meet in its dk and dv only.
 
-Memory beyond inputs and results: fp32 ``[T, H, D]``, and one depth's copies of its rows where it holds several runs.
+Memory beyond inputs and results: up to four fp32 ``[T, H, D]`` while a depth is merged, and copies of its rows where it holds
+several runs (a single run's are views).
 """
 
 from __future__ import annotations

@@ -12,8 +12,11 @@ from torch import Tensor
 from specs_kernels import checks
 from specs_kernels.dispatch import choose
 from specs_kernels.layout import PackedLayout
+from specs_kernels.linear_logprob.autograd import without_autocast
+from specs_kernels.linear_logprob.library import traced
 from specs_kernels.packed_attention.cascade import packed_attention_cascade
 from specs_kernels.packed_attention.chunked import packed_attention_chunked
+from specs_kernels.packed_attention.library import OPERATOR
 from specs_kernels.packed_attention.native import packed_attention_native
 from specs_kernels.packed_attention.reference import packed_attention_reference
 from specs_kernels.softmax import accumulation_dtype
@@ -129,9 +132,15 @@ def packed_attention(
             f"scale is {scale} and softcap {softcap}: the sums are {limits.dtype}, which needs |scale| <= {limits.max:.4g} "
             f"and softcap from {limits.tiny:.4g} to {limits.max:.4g}"
         )
-    if window is not None and window >= num_tokens:
+    in_graph = traced(query, key, value)
+    if in_graph and backend not in ("reference", "cascade"):
+        out, lse = OPERATOR(query, key, value, layout.description, float(scale), softcap, window, backend)
+        return (out, lse) if return_lse else out
+    if not in_graph and window is not None and window >= num_tokens:
         window = None  # no path is longer than the row
-    run = _backend(choose("packed_attention", backend, query.device).backend)
-    with torch.autocast(query.device.type, enabled=False):
+    # Which backends can run here is looked up inside the operator: a tracer cannot follow it. The reference is traced as it is,
+    # the cascade breaks the graph.
+    run = _backend(backend if in_graph else choose("packed_attention", backend, query.device).backend)
+    with without_autocast(query.device):
         out, lse = run(query, key, value, layout, float(scale), softcap, window)
     return (out, lse) if return_lse else out

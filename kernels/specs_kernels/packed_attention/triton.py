@@ -182,28 +182,35 @@ def _shared_arguments(query: Tensor, key: Tensor, value: Tensor, options: Option
     }
 
 
-def attention_forward(query: Tensor, key: Tensor, value: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, lse, int8 ``[T, Hkv]``: which key tokens are finite)."""
-    num_tokens, num_heads, head_dim = query.shape
-    out = torch.empty(num_tokens, num_heads, head_dim, dtype=query.dtype, device=query.device)
-    lse = torch.empty(num_tokens, num_heads, dtype=torch.float32, device=query.device)
+def _sound(key: Tensor, value: Tensor) -> Tensor:
+    """int8 ``[T, Hkv]``: which key tokens are finite."""
     sound = torch.empty(key.shape[:2], dtype=torch.int8, device=key.device)
-    if num_tokens:
+    if sound.numel():
         launch(
             attention_sound_kernel,
             triton.cdiv(sound.numel(), _ROWS),
-            query.device,
+            key.device,
             num_warps=4,
             key=key,
             value=value,
             sound=sound,
             **_strides(key=key, value=value),
-            T=num_tokens,
+            T=key.shape[0],
             heads=key.shape[1],
-            D=head_dim,
+            D=key.shape[2],
             BLOCK=_ROWS,
-            BLOCK_D=_block_d(head_dim),
+            BLOCK_D=_block_d(key.shape[2]),
         )
+    return sound
+
+
+def attention_forward(query: Tensor, key: Tensor, value: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, lse, int8 ``[T, Hkv]``: which key tokens are finite)."""
+    num_tokens, num_heads, head_dim = query.shape
+    out = torch.empty(num_tokens, num_heads, head_dim, dtype=query.dtype, device=query.device)
+    lse = torch.empty(num_tokens, num_heads, dtype=torch.float32, device=query.device)
+    sound = _sound(key, value)
+    if num_tokens:
         tile = _tile("forward", query, options)
         launch(
             attention_forward_kernel,
@@ -343,9 +350,33 @@ def packed_attention_triton(
             f"query has {query.shape[2]}; "
             'use backend "chunked"'
         )
+    padded = (_padded(tensor) for tensor in (query, key, value))
+    out, lse = _PackedAttention.apply(*padded, Options(layout, scale, softcap, window))
+    return out[..., : query.shape[2]], lse
+
+
+def packed_attention_triton_gradient(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    options: Options,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
+    """The backward of :func:`packed_attention_triton` from its inputs and results."""
+    if grad_out is None:
+        grad_out = torch.zeros((), dtype=out.dtype, device=out.device).expand(out.shape)
     head_dim = query.shape[2]
-    padding = _block_d(head_dim) - head_dim
-    if padding and query.dtype == torch.float32:  # a mask over D takes the registers that fp32 products need
-        query, key, value = (F.pad(tensor, (0, padding)) for tensor in (query, key, value))
-    out, lse = _PackedAttention.apply(query, key, value, Options(layout, scale, softcap, window))
-    return out[..., :head_dim], lse
+    query, key, value, out, grad_out = (_padded(tensor) for tensor in (query, key, value, out, grad_out))
+    sound = _sound(key, value)
+    grads = attention_backward(query, key, value, sound, out, lse, grad_out, grad_lse, options, wanted)
+    return tuple(None if grad is None else grad[..., :head_dim] for grad in grads)
+
+
+def _padded(tensor: Tensor) -> Tensor:
+    """fp32 with D a power of 2: a mask over D takes the registers that fp32 products need."""
+    padding = _block_d(tensor.shape[2]) - tensor.shape[2]
+    return F.pad(tensor, (0, padding)) if padding and tensor.dtype == torch.float32 else tensor

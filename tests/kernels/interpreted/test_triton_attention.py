@@ -14,8 +14,8 @@ from packed_forests import Forest, forests
 from torch import Tensor
 
 from specs_kernels import PackedLayout, packed_attention
+from specs_kernels.packed_attention import library, triton_blocks
 from specs_kernels.packed_attention import triton as kernels
-from specs_kernels.packed_attention import triton_blocks
 
 HALVES = (torch.float16, torch.bfloat16)
 BOUNDS = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
@@ -266,6 +266,24 @@ def test_fp64_and_wide_heads_are_refused_by_name() -> None:
         packed_attention(*make_inputs(layout, 1, 1, 257, torch.bfloat16), layout, backend="triton")
     with pytest.raises(ValueError, match='"triton" takes heads of at most 128 in torch.float32; query has 129'):
         packed_attention(*make_inputs(layout, 1, 1, 129), layout, backend="triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("wanted", [(0, 1, 2), (0,), (2,)], ids=str)
+def test_the_operator_that_graphs_hold_equals_the_call(wanted: tuple[int, ...], dtype: torch.dtype) -> None:
+    layout = PackedLayout.from_segments([40, 9, 0, 20], [-1, 0, 0, 0], bidirectional=[(3, 30)])
+    inputs = make_inputs(layout, 4, 2, 20, dtype)
+    leaves = [tensor if n in wanted else tensor.detach() for n, tensor in enumerate(inputs)]
+    ours = library.OPERATOR(*leaves, layout.description, 0.3, 2.0, 25, "triton")
+    call = packed_attention(*leaves, layout, scale=0.3, softcap=2.0, window=25, return_lse=True, backend="triton")
+    asked = [inputs[n] for n in wanted]
+    upstream = torch.randn(ours[0].shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    for results in zip(
+        (*ours, *torch.autograd.grad((ours[0] * upstream).sum(), asked)),
+        (*call, *torch.autograd.grad((call[0] * upstream).sum(), asked)),
+        strict=True,
+    ):
+        assert torch.equal(*results)
 
 
 def test_second_derivative_is_refused() -> None:
