@@ -8,42 +8,48 @@ import pytest
 import torch
 from separate_runs import relative_error, separate_scores, weighted_gradients
 from tiny_models import COMPILED, MODELS, make_model, mixed_trees
+from transformers import PreTrainedModel
 
+from specs_fast.data.types import Tree
 from specs_fast.models import score
 from specs_fast.models.attention import text_module
 from specs_fast.models.load import enable_gradient_checkpointing
 
-SMALLER = {
-    "gemma3_text": {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]},
-    "qwen3_vl": {"num_hidden_layers": 1},
-}
 
-
-@pytest.mark.parametrize("checkpointing, kind", [(True, COMPILED[0]), (False, COMPILED[1])])
-def test_compiled_text_stack_equals_eager_and_serves_every_batch(kind: str, checkpointing: bool) -> None:
-    """One graph without breaks for the whole stack, windows, checkpointing and deepstack included."""
+def check_compiled(model: PreTrainedModel, parts: list[torch.nn.Module], batches: list[list[Tree]]) -> None:
+    """`parts` compile without a graph break, for the first batch only, and log-probs and gradients are those of eager calls."""
     torch._dynamo.reset()
     compiled_for: list[int] = []
+    expected = []
+    for trees in batches:
+        logp = score(model, trees, packing="shared").logp
+        expected.append((logp.detach(), weighted_gradients(model, logp)))
 
     def note(graph: Any, example: Any) -> Any:
         compiled_for.append(batch)
         return torch._dynamo.lookup_backend("aot_eager")(graph, example)
 
-    model = make_model(kind, **SMALLER[kind])
-    if checkpointing:
-        enable_gradient_checkpointing(model)
-    batches = [mixed_trees(kind), mixed_trees(kind, seed=1)[:2]]
-    expected = []
-    for trees in batches:
-        logp = score(model, trees, packing="shared").logp
-        expected.append((logp.detach(), weighted_gradients(model, logp)))
-    text_module(model).compile(backend=note, dynamic=True, fullgraph=True)
-    for batch in range(2):
-        trees, (logp, gradients) = batches[batch], expected[batch]
-        got = score(model, trees, packing="shared").logp
+    for part in parts:
+        part.compile(backend=note, fullgraph=True, dynamic=True if len(batches) > 1 else None)
+    for batch in range(len(batches)):
+        logp, gradients = expected[batch]
+        got = score(model, batches[batch], packing="shared").logp
         torch.testing.assert_close(got, logp, atol=1e-6, rtol=0)
         assert relative_error(weighted_gradients(model, got), gradients) < 1e-6
     assert set(compiled_for) == {0}
+
+
+def test_compiled_text_stack_with_windows_and_checkpointing_equals_eager() -> None:
+    kind = COMPILED[0]
+    model = make_model(kind, num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
+    enable_gradient_checkpointing(model)
+    check_compiled(model, [text_module(model)], [mixed_trees(kind)])
+
+
+def test_compiled_layer_serves_every_batch() -> None:
+    kind = COMPILED[1]
+    model = make_model(kind, num_hidden_layers=1)
+    check_compiled(model, list(text_module(model).layers), [mixed_trees(kind), mixed_trees(kind, seed=1)[:2]])
 
 
 @pytest.mark.parametrize("packing", ["shared", "none"])
