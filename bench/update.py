@@ -9,7 +9,8 @@ Every arm has a copy of one lab-width Qwen3-VL of random weights, fp32:
   all updates), positions kept between calls, no mask where causality makes it needless, no last tokens, and on the CPU RMSNorm
   and SwiGLU on our kernels. The strongest padded baseline we know.
 * packed: this trainer's packed row without sharing: every response with a prompt of its own. Layers and images as padded_once.
-* shared_torch: ``packing: shared``, the packed forest, on PyTorch backends only: what runs without the native library.
+* shared_torch: ``packing: shared``, the packed forest, on PyTorch backends only: what runs without the native library (the lab's
+  mixes only).
 * shared: the same on the default backends, and on the CPU the same layers as padded_once.
 
 All send the hidden states that predict response tokens, and no others, through the same `linear_logprob`. The arms alternate
@@ -197,6 +198,7 @@ def build(mix: Mix, device: torch.device) -> Section:
     arms = [
         arm(name, partial(Update, problem, scorer, fused=name not in PLAIN_LAYERS), course)
         for name, scorer in SCORERS.items()
+        if mix.without_native or name != "shared_torch"
     ]
     return Section(arms, exact=course.exact)
 
@@ -232,7 +234,7 @@ def text_tokens(name: str, trees: list[Tree]) -> int:
 
 def cases(device: torch.device, *, tiny: bool = False, by_attention: Sequence[str] = ()) -> list[Case]:
     """Every mix; and how two attention backends compare, in one mix, or in all of them on the backends that are named."""
-    mixes, rounds = (TINY, 2) if tiny else (MIXES, 7)
+    mixes, rounds = (TINY, 2) if tiny else (MIXES, 5)
     listed = [Case(mix.name, mix.shape, partial(build, mix), rounds) for mix in mixes if not by_attention]
     backends = tuple(by_attention or ("chunked", choose("packed_attention", device=device).backend))
     for mix in mixes if by_attention else mixes[1:2]:

@@ -25,7 +25,10 @@ PATCH, MERGE, TEMPORAL = 8, 2, 1
 
 @dataclass(frozen=True)
 class Mix:
-    """Lengths are (smallest, largest); a prompt's include its image. grid: time, height, width of an image in patches."""
+    """Lengths are (smallest, largest); a prompt's include its image. grid: time, height, width of an image in patches.
+
+    without_native: there is an arm without the native library as well.
+    """
 
     name: str
     prompts: int
@@ -35,6 +38,7 @@ class Mix:
     grid: tuple[int, int, int] | None = None
     vision: Literal["trained", "frozen"] = "frozen"
     loss: Literal["grpo", "dpo"] = "grpo"
+    without_native: bool = False
 
     @property
     def image_tokens(self) -> int:
@@ -50,9 +54,12 @@ def grpo(prompt: int, response: int, group: int, prompts: int) -> Mix:
     return Mix(f"{prompt}x{response}x{group}", prompts, (prompt, prompt), group, (response, response))
 
 
-def with_images(name: str, *sizes: Any, grid: tuple[int, int, int]) -> list[Mix]:
+def with_images(name: str, *sizes: Any, grid: tuple[int, int, int], without_native: bool = True) -> list[Mix]:
     """The mix with the vision tower trained, and frozen."""
-    return [Mix(f"{name}, tower {vision}", *sizes, grid, vision) for vision in ("trained", "frozen")]  # type: ignore[arg-type]
+    return [
+        Mix(f"{name}, tower {vision}", *sizes, grid, vision, without_native=without_native)  # type: ignore[arg-type]
+        for vision in ("trained", "frozen")
+    ]
 
 
 LAB = [
@@ -60,7 +67,9 @@ LAB = [
     *with_images("8x(86+8x40), image of 12 tokens", 8, (86, 86), 8, (40, 40), grid=(1, 4, 12)),
     *with_images("lab: 16x(~35+8x~20), image of 12 tokens", 16, (32, 38), 8, (14, 26), grid=(1, 4, 12)),
 ]
-IMAGE_HEAVY = with_images("image-heavy: 600x60x8, image of 576 tokens", 1, (600, 600), 8, (60, 60), grid=(1, 48, 48))
+IMAGE_HEAVY = with_images(
+    "image-heavy: 600x60x8, image of 576 tokens", 1, (600, 600), 8, (60, 60), grid=(1, 48, 48), without_native=False
+)
 MIXES = [
     *LAB,
     *IMAGE_HEAVY,

@@ -15,7 +15,11 @@ void products(int64_t rows, int64_t K, const F* A, int64_t stride, const F* pane
 
 template <class F>
 void over_rows(int64_t n, int64_t panels, const F* tiles, int64_t panel_stride, const F* rows, F* C, int64_t stride, bool add) {
-  multiply<Numbers<F>, false>(n, panels, kPanel<F>, tiles, kPanel<F>, panel_stride, rows, C, stride, add);
+  constexpr int64_t step = kStretch / kPanel<F>;
+  for (int64_t p = 0; p < panels; p += step)
+    multiply<Numbers<F>, false>(
+        n, panels - p < step ? panels - p : step, kPanel<F>, tiles + p * panel_stride, kPanel<F>, panel_stride, rows + p * kPanel<F> * kPanel<F>, C, stride,
+        add || p > 0);
 }
 
 template <class F>

@@ -77,7 +77,7 @@ __attribute__((noinline)) void multiply(
 }
 
 // Terms of a long sum are added up in stretches: the error grows with their number and that of the stretches, not with all terms.
-constexpr int64_t kStretch = 1024;
+constexpr int64_t kStretch = 128;
 
 template <class Terms>
 void products_of(int64_t rows, int64_t K, const typename Terms::Word* A, int64_t stride, const typename Terms::Word* panel, typename Terms::Sum* out, bool add) {

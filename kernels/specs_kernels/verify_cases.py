@@ -43,8 +43,11 @@ class _Attention:
     kv_heads: int
     softcap: float | None = None
     window: int | None = None
+    size: int = 32
+    """Of a head."""
     grad_lse: bool = True
     """Whether lse, too, has an upstream gradient."""
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
 
     def results(self, out: Tensor, lse: Tensor) -> Tensors:
         return {"out": out, "lse": lse} if self.grad_lse else {"out": out, "lse, detached": lse.detach()}
@@ -81,17 +84,22 @@ def _packed_attention_cases(generator: torch.Generator, device: torch.device) ->
     )
     trees = PackedLayout.from_segments([200, 20, 9, 31, 12, 80, 40, 33], [-1, 0, 1, 1, 0, -1, 5, 5], device=device)
     flat = PackedLayout.from_segments([70, 1, 130, 41], [-1] * 4, device=device)
+    small = PackedLayout.from_segments([37, 20, 9, 31, 3, 16], [-1, 0, 0, 2, -1, 4], device=device)
     everything = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     kernels = (torch.bfloat16, torch.float16)  # the stand-in takes everything
     for attention in (
         _Attention("prompts and responses", prompts, 6, 2),
+        *(
+            _Attention(f"heads of {size}", small, 4, 2, size=size, grad_lse=False, dtypes=everything[:2])
+            for size in (64, 72, 80, 96, 128, 192, 256)
+        ),
         _Attention("deep, bidirectional spans", spans, 4, 4),
         _Attention("deep, gradient of out alone", trees, 4, 2, grad_lse=False),
         _Attention("flat, window, gradient of out alone", flat, 4, 2, window=30, grad_lse=False),
         _Attention("deep, window, softcap", spans, 4, 1, softcap=5.0, window=50),
     ):
         inputs = {
-            name: torch.randn(attention.layout.num_tokens, heads, 32, generator=generator)
+            name: torch.randn(attention.layout.num_tokens, heads, attention.size, generator=generator)
             for name, heads in (("query", attention.heads), ("key", attention.kv_heads), ("value", attention.kv_heads))
         }
         cascade = () if attention.grad_lse else everything if device.type == "cpu" else kernels
@@ -101,8 +109,9 @@ def _packed_attention_cases(generator: torch.Generator, device: torch.device) ->
             inputs,
             attention.run,
             attention.plain,
+            attention.dtypes,
             no_float64=("triton",),
-            takes={"cascade": cascade},
+            takes={"cascade": cascade, "triton": everything if attention.size <= 128 else kernels},
             setting=partial(varlen.use, "stand-in") if device.type == "cpu" else nullcontext,
         )
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from specs_fast.data.bins import Ints, best_fit, divided, fill_rows, next_fit, spread
+from specs_fast.data.bin_packing import Floats, Ints, best_fit, divided, evened, fill_rows, next_fit, spread
 
-MAX_LENGTH = 2**31 - 1
+MAX_LENGTH = 2**24
 
 
 class Part(NamedTuple):
@@ -89,8 +89,8 @@ def plan(
     packing "shared": a tree of P prompt tokens and responses R_i counts P + sum R_i tokens and sees
     P (P + 1) / 2 + sum (R_i P + R_i (R_i + 1) / 2) pairs. Trees are placed best fit decreasing, which needs at most 11/9 of the
     fewest micro-batches plus one, or in their own order where that needs fewer. Then the same number is filled again, the
-    costliest tree first, each into the cheapest micro-batch with room; that one is taken if its largest cost is smaller. A
-    tree's cost is its share of all tokens plus its share of all pairs.
+    costliest tree first, each into the cheapest micro-batch with room, and taken if its largest cost is smaller; and trees move
+    or change places as long as that lowers the largest cost (a tree's share of all tokens plus its share of all pairs).
 
     packing "none": a micro-batch of n rows, the longest of L tokens, counts n L tokens and n L (L + 1) / 2 pairs. Trees of
     similar length go together; evenness is not traded for padding.
@@ -100,18 +100,17 @@ def plan(
     one response) is a micro-batch of its own and counted. ``multiple_of`` raises the number of micro-batches to a multiple (equal
     counts for ranks), with empty ones where there are fewer parts than that.
 
-    Deterministic: equal lengths are taken in the order of trees. O(S + I log I) but for inserts into a sorted list of bins.
+    Deterministic: equal lengths are taken in the order of trees. O(S + I log I) and a bounded search for changes.
 
     ValueError for a budget or ``multiple_of`` that is no integer of at least 1, an unknown packing, lengths that are no integers
-    of 0 to 2^31 - 1 or whose pairs may not fit 64 bits, and numbers of entries that do not match.
+    of 0 to 2^24 or whose pairs may not fit 64 bits, and numbers of entries that do not match.
     """
     if packing not in ("shared", "none"):
         raise ValueError(f"packing is {packing!r}; allowed: 'shared', 'none'")
     max_tokens, multiple_of = _count("max_tokens", max_tokens), _count("multiple_of", multiple_of)
     trees = _Trees.checked(prompt_lengths, num_responses, response_lengths)
     shared = packing == "shared"
-    parts, split = _parts(trees, max_tokens, shared=shared, keep_whole=keep_whole)
-    costs = _Costs.of(parts, trees, shared=shared)
+    parts, costs, split = _parts(trees, max_tokens, shared=shared, keep_whole=keep_whole)
     order = np.lexsort((-costs.pairs, -costs.longest, -costs.tokens) if shared else (-costs.rows, -costs.longest))
     over = costs.tokens[order] > max_tokens
     bin_I = np.empty(len(parts), np.int64)
@@ -234,22 +233,23 @@ def _sums(values: Ints, groups: Ints, count: int) -> Ints:
     return total
 
 
-def _share(tokens: Ints, pairs: Ints) -> NDArray[np.float64]:
+def _share(tokens: Ints, pairs: Ints) -> Floats:
     """Cost: the share of all tokens plus the share of all pairs."""
     return tokens / max(1, tokens.sum()) + pairs / max(1, pairs.sum())
 
 
-def _parts(trees: _Trees, max_tokens: int, *, shared: bool, keep_whole: bool) -> tuple[list[Part], int]:
-    """Parts in the order of trees and of their first responses, and how many trees are split."""
+def _parts(trees: _Trees, max_tokens: int, *, shared: bool, keep_whole: bool) -> tuple[list[Part], _Costs, int]:
+    """Parts in the order of trees and of their first responses, their costs, and how many trees are split."""
     every = {count: tuple(range(count)) for count in np.unique(trees.num_B).tolist()}
     whole = [Part(tree, every[count]) for tree, count in enumerate(trees.num_B.tolist())]
-    over_B = (_Costs.of(whole, trees, shared=shared).tokens > max_tokens) & (trees.num_B > 1)
+    costs = _Costs.of(whole, trees, shared=shared)
+    over_B = (costs.tokens > max_tokens) & (trees.num_B > 1)
     if keep_whole or not over_B.any():
-        return whole, 0
+        return whole, costs, 0
     parts: list[Part] = []
     for part, over in zip(whole, over_B.tolist(), strict=True):
         parts += _split(part.tree, trees, max_tokens, shared=shared) if over else [part]
-    return parts, int(over_B.sum())
+    return parts, _Costs.of(parts, trees, shared=shared), int(over_B.sum())
 
 
 def _split(tree: int, trees: _Trees, max_tokens: int, *, shared: bool) -> list[Part]:
@@ -289,9 +289,9 @@ def _packed(order: Ints, costs: _Costs, max_tokens: int, num_alone: int, multipl
         return chosen
     share = _share(tokens, costs.pairs[order])
     even = spread(share, tokens, count, max_tokens)
-    if even is None:
-        return chosen
-    return min(chosen, even, key=lambda bins: np.bincount(bins, share, count).max())
+    if even is not None:
+        chosen = min(chosen, even, key=lambda bins: np.bincount(bins, share, count).max())
+    return evened(chosen, share, tokens, count, max_tokens)
 
 
 def _largest_over_mean(values: Sequence[int]) -> float:

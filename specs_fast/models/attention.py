@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from specs_fast.models.load import text_module, vision_tower
-from specs_kernels import PackedLayout, packed_attention
+from specs_kernels import PackedLayout, dispatch, packed_attention
 
 TEXT = "specs_packed"
 VISION = "specs_flash_vision"
@@ -72,19 +72,18 @@ def packed_text_attention(
     for extra, given in kwargs.items():
         if given is not None and extra not in _NO_EFFECT and not (extra == "is_causal" and given is True):
             raise ValueError(f"{name}: packed attention does not support {extra}; set packing: none")
-    # Under autocast the rotary embedding leaves query and key in fp32; like PyTorch's own attention, all three are cast.
-    kind = query.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+    query_THD, key_THD, value_THD = (_autocast(tensor[0].transpose(0, 1)) for tensor in (query, key, value))
     out_THD = packed_attention(
-        query[0].transpose(0, 1).to(dtype),
-        key[0].transpose(0, 1).to(dtype),
-        value[0].transpose(0, 1).to(dtype),
-        layout,
-        scale=scaling,
-        softcap=softcap,
-        window=sliding_window,
+        query_THD, key_THD, value_THD, layout, scale=scaling, softcap=softcap, window=sliding_window
     )
     return out_THD.unsqueeze(0), None
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    """Under autocast the rotary embedding leaves query and key in fp32; like PyTorch's own attention, ours takes all three in
+    the dtype of autocast."""
+    kind = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
 
 
 def vision_varlen_attention(
@@ -101,17 +100,53 @@ def vision_varlen_attention(
 ) -> tuple[Tensor, None]:
     """Bidirectional attention within each of consecutive windows: ``[1,H,S,D]`` -> ``[1,S,H,D]``, exact.
 
-    cu_seq_lens_q: int32 ``[windows+1]``, where each window starts. Windows of one size run as one batch. Raises ValueError for a
-    mask or dropout.
+    cu_seq_lens_q: int32 ``[windows+1]``, where each window starts. One call for all windows; without the C++ kernel, one per size
+    of window. Raises ValueError for a mask or dropout.
     """
     if attention_mask is not None or dropout != 0.0:
         raise ValueError(f"{type(module).__name__}: vision attention takes neither a mask nor dropout ({dropout})")
     query_SHD, key_SHD, value_SHD = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    plan = _window_plan(cu_seq_lens_q)
+    run = forest_windows if _as_forest(query, cu_seq_lens_q) else grouped_windows
+    return run(query_SHD, key_SHD, value_SHD, cu_seq_lens_q, scaling).unsqueeze(0), None
+
+
+def _as_forest(query: Tensor, cu_seq_lens: Tensor) -> bool:
+    """Whether windows run as one packed row: where their sizes differ and the C++ kernel runs. Windows of one size are one batch
+    of PyTorch's attention anyway."""
+    return not isinstance(_window_plan(cu_seq_lens), int) and dispatch.unavailable("native", query.device) is None
+
+
+def forest_windows(
+    query_SHD: Tensor, key_SHD: Tensor, value_SHD: Tensor, cu_seq_lens: Tensor, scaling: float | None
+) -> Tensor:
+    """All windows in one call of the packed op: each is a segment whose patches see one another."""
+    query_SHD, key_SHD, value_SHD = (_autocast(tensor) for tensor in (query_SHD, key_SHD, value_SHD))
+    return packed_attention(query_SHD, key_SHD, value_SHD, windows_layout(cu_seq_lens), scale=scaling)
+
+
+def windows_layout(cu_seq_lens: Tensor) -> PackedLayout:
+    """Kept on the tensor: all layers of a call share it."""
+    layout: PackedLayout | None = getattr(cu_seq_lens, "_specs_windows_layout", None)
+    if layout is None:
+        bounds = cu_seq_lens.tolist()
+        spans = list(zip(bounds, bounds[1:], strict=False))
+        lengths = [end - start for start, end in spans]
+        layout = PackedLayout.from_segments(
+            lengths, [-1] * len(lengths), bidirectional=spans, device=cu_seq_lens.device
+        )
+        cu_seq_lens._specs_windows_layout = layout  # type: ignore[attr-defined]
+    return layout
+
+
+def grouped_windows(
+    query_SHD: Tensor, key_SHD: Tensor, value_SHD: Tensor, cu_seq_lens: Tensor, scaling: float | None
+) -> Tensor:
+    """Windows of one size as one batch of PyTorch's attention."""
+    plan = _window_plan(cu_seq_lens)
     if isinstance(plan, int):
-        return _windows(query_SHD, key_SHD, value_SHD, plan, scaling).unsqueeze(0), None
+        return _windows(query_SHD, key_SHD, value_SHD, plan, scaling)
     parts = [_windows(query_SHD[index], key_SHD[index], value_SHD[index], size, scaling) for size, index in plan.groups]
-    return torch.cat(parts)[plan.inverse].unsqueeze(0), None
+    return torch.cat(parts)[plan.inverse]
 
 
 def _windows(query_SHD: Tensor, key_SHD: Tensor, value_SHD: Tensor, size: int, scaling: float | None) -> Tensor:
@@ -192,10 +227,14 @@ def _switched(part: nn.Module, name: str) -> Iterator[None]:
         if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func")
     ]
     previous = [module._gradient_checkpointing_func for module in checkpointed]
+    # Found here and not in the layer: a compiled layer would be compiled again for each walk over the modules.
+    configs = list(
+        {id(module.config): module.config for module in part.modules() if hasattr(module, "config")}.values()
+    )
     try:
         for module, function in zip(checkpointed, previous, strict=True):
-            module._gradient_checkpointing_func = _recomputing_under(part, name, function)  # type: ignore[assignment]
-        with _named(part, name):
+            module._gradient_checkpointing_func = _recomputing_under(configs, name, function)  # type: ignore[assignment]
+        with _named(configs, name):
             yield
     finally:
         for module, function in zip(checkpointed, previous, strict=True):
@@ -203,24 +242,21 @@ def _switched(part: nn.Module, name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _named(part: nn.Module, name: str) -> Iterator[None]:
-    configs: dict[int, Any] = {
-        id(module.config): module.config for module in part.modules() if hasattr(module, "config")
-    }
-    previous = {key: config._attn_implementation for key, config in configs.items()}
+def _named(configs: list[Any], name: str) -> Iterator[None]:
+    previous = [config._attn_implementation for config in configs]
     try:
-        for config in configs.values():
+        for config in configs:
             config._attn_implementation = {"": name}  # {"": ...}: this config and none of its sub-configs
         yield
     finally:
-        for key, config in configs.items():
-            config._attn_implementation = {"": previous[key]}
+        for config, implementation in zip(configs, previous, strict=True):
+            config._attn_implementation = {"": implementation}
 
 
-def _recomputing_under(part: nn.Module, name: str, checkpoint: Any) -> Callable[..., Any]:
+def _recomputing_under(configs: list[Any], name: str, checkpoint: Any) -> Callable[..., Any]:
     def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         def run(*inner: Any, **inner_kwargs: Any) -> Any:
-            with _named(part, name):
+            with _named(configs, name):
                 return function(*inner, **inner_kwargs)
 
         return checkpoint(run, *args, **kwargs)

@@ -49,8 +49,10 @@ def test_opcheck(backend: str, softcap: float | None, window: int | None) -> Non
     torch.library.opcheck(library.OPERATOR, arguments)
 
 
-@pytest.mark.parametrize("options", [{}, {"softcap": 1.5, "window": 8}], ids=["plain", "softcap and window"])
-@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@pytest.mark.parametrize(
+    "backend, options",
+    [("auto", {}), *((backend, {"softcap": 1.5, "window": 8}) for backend in (*BACKENDS, "reference"))],
+)
 def test_one_graph_without_breaks_serves_every_layout_and_equals_eager(backend: str, options: dict[str, Any]) -> None:
     torch._dynamo.reset()
     compiled_for: list[PackedLayout] = []

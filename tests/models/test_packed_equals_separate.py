@@ -6,7 +6,7 @@ import pytest
 import torch
 from forests import random_forest, separate_forest_logp
 from separate_runs import relative_error, separate_scores, weighted_gradients
-from tiny_models import MODELS, make_image, make_model, make_prompt, mixed_trees, text_ids
+from tiny_models import MODELS, WINDOW_BY_OPTION, make_image, make_model, make_prompt, mixed_trees, text_ids
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -60,7 +60,7 @@ def test_mixed_trees_equal_separate_runs(kind: str, packing: str) -> None:
 
 
 @pytest.mark.parametrize("packing", ["shared", "none"])
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "qwen2_5_vl"])
+@pytest.mark.parametrize("kind", WINDOW_BY_OPTION)
 def test_sliding_window_layers_equal_separate_runs(kind: str, packing: str) -> None:
     model = make_model(kind, use_sliding_window=True, sliding_window=4, max_window_layers=1)
     assert model.config.get_text_config().layer_types == ["full_attention", "sliding_attention", "sliding_attention"]

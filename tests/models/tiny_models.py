@@ -88,6 +88,10 @@ _LANGUAGE: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 LANGUAGE_MODELS = tuple(_LANGUAGE)
 VISION_MODELS = ("qwen2_5_vl", "qwen3_vl")
 MODELS = VISION_MODELS + LANGUAGE_MODELS
+WINDOW_BY_OPTION = ("qwen2", "qwen2_5_vl", "qwen3")
+"""Models whose layers have a window only where `use_sliding_window` asks for it."""
+COMPILED = ("gemma3_text", "qwen3_vl")
+"""Models whose text stack is also compiled; a compilation takes seconds."""
 
 
 def make_model(kind: str, *, seed: int = 0, **overrides: object) -> PreTrainedModel:

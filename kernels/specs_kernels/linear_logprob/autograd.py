@@ -5,7 +5,6 @@ Letters: N targets, M targets that are worked on, T rows of hidden, D hidden siz
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -25,15 +24,7 @@ from specs_kernels.linear_logprob.forward import (
 from specs_kernels.linear_logprob.head import Head, Rows, tiling
 from specs_kernels.linear_logprob.row_pass import RowGradients, RowState
 from specs_kernels.linear_logprob.targets import Targets, find_targets, scatter_rows
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast off; its context costs more than all checks together, so it is entered only where it is on."""
-    return torch.autocast(device.type, enabled=False) if autocast_on(device) else nullcontext()
-
-
-def autocast_on(device: torch.device) -> bool:
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+from specs_kernels.tracing import without_autocast
 
 
 class Inputs(NamedTuple):

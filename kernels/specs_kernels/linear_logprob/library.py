@@ -213,12 +213,3 @@ torch.library.register_fake("specs_kernels::linear_logprob", _forward_fake, lib=
 torch.library.register_fake("specs_kernels::linear_logprob_backward", _backward_fake, lib=LIBRARY)
 torch.library.register_autograd("specs_kernels::linear_logprob", _autograd, setup_context=_setup, lib=LIBRARY)
 OPERATOR = torch.ops.specs_kernels.linear_logprob.default
-
-
-def traced(*tensors: Tensor | None) -> bool:
-    """Whether a call is being traced, or its tensors are not plain ones or hold no data: then it goes through the operator."""
-    return torch.compiler.is_compiling() or any(
-        tensor is not None
-        and (tensor.is_meta or (type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter))
-        for tensor in tensors
-    )

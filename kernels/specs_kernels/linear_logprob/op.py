@@ -9,12 +9,13 @@ from torch import Tensor
 
 from specs_kernels import checks
 from specs_kernels.dispatch import choose
-from specs_kernels.linear_logprob.autograd import Inputs, LinearLogprob, Options, autocast_on, without_autocast
+from specs_kernels.linear_logprob.autograd import Inputs, LinearLogprob, Options
 from specs_kernels.linear_logprob.head import kept_dtype, row_block
-from specs_kernels.linear_logprob.library import OPERATOR, arguments, traced
+from specs_kernels.linear_logprob.library import OPERATOR, arguments
 from specs_kernels.linear_logprob.modes import Mode, choose_mode
 from specs_kernels.linear_logprob.reference import linear_logprob_reference
 from specs_kernels.results import TokenLogprobs
+from specs_kernels.tracing import autocast_on, traced, without_autocast
 
 
 def linear_logprob(

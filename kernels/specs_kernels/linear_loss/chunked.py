@@ -24,7 +24,6 @@ from specs_kernels.linear_logprob.autograd import (
     live_rows,
     pick_gradients,
     targets_of,
-    without_autocast,
 )
 from specs_kernels.linear_logprob.backends import row_pass
 from specs_kernels.linear_logprob.backward import Gradients, backward_tiles
@@ -34,6 +33,7 @@ from specs_kernels.linear_logprob.targets import Targets
 from specs_kernels.linear_loss.call import LossFunction, Metrics, call_loss, refuse_other_leaves
 from specs_kernels.linear_loss.groups import Chunk, group_sizes, plan_chunks
 from specs_kernels.results import TokenLogprobs
+from specs_kernels.tracing import without_autocast
 
 
 class Run:

@@ -6,14 +6,14 @@ from torch import Tensor
 
 from specs_kernels import checks
 from specs_kernels.dispatch import choose
-from specs_kernels.linear_logprob.autograd import Options, without_autocast
+from specs_kernels.linear_logprob.autograd import Options
 from specs_kernels.linear_logprob.op import head_inputs
 from specs_kernels.linear_loss.call import LossFunction, Metrics
 from specs_kernels.linear_loss.chunked import linear_loss_chunked
 from specs_kernels.linear_loss.groups import group_sizes
 from specs_kernels.linear_loss.reference import linear_loss_reference
 from specs_kernels.results import TokenLogprobs
-from specs_kernels.tracing import outside_graphs
+from specs_kernels.tracing import outside_graphs, without_autocast
 
 WORKSPACE_BYTES = {"cpu": 256 << 20}
 """Default workspace per device type."""

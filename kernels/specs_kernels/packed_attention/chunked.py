@@ -30,6 +30,7 @@ from specs_kernels import checks
 from specs_kernels.layout import PackedLayout
 from specs_kernels.packed_attention.plan import Group, Level, plan_for, rule_mask
 from specs_kernels.softmax import accumulation_dtype
+from specs_kernels.tracing import without_autocast
 
 TILE_SCORES = 1 << 19
 
@@ -248,47 +249,56 @@ class _PackedAttention(torch.autograd.Function):
         query, key, value, out, lse = ctx.saved_tensors
         if grad_out is None and grad_lse is None:
             return (None,) * 4
-        setting: _Setting = ctx.setting
-        num_tokens, num_heads, head_dim = query.shape
-        dtype = lse.dtype
-        with torch.autocast(query.device.type, enabled=False):
-            query_rows, key_rows, value_rows = _token_rows(query, key, value, setting)
-            if grad_out is None:
-                grad_out_rows, delta = torch.zeros_like(query_rows), torch.zeros_like(lse)
-            else:
-                grad_out_rows = grad_out.to(dtype).reshape(query_rows.shape)
-                delta = (grad_out_rows.view(out.shape) * out).sum(2)
-            if grad_lse is not None:
-                delta = delta - grad_lse
-            rows = (num_tokens * setting.num_kv_heads, setting.fold)
-            grads = [torch.zeros_like(query_rows), torch.zeros_like(key_rows), torch.zeros_like(value_rows)]
-            plan = plan_for(setting.layout, num_heads, setting.num_kv_heads, setting.window)
-            for level in plan.levels:
-                parts = _level_backward(
-                    level,
-                    query_rows,
-                    key_rows,
-                    value_rows,
-                    grad_out_rows,
-                    lse.reshape(rows),
-                    delta.reshape(rows),
-                    setting,
-                )
-                if level.query_tokens is None:
-                    grads = list(parts)
-                    continue
-                for total, tokens, part in zip(
-                    grads, (level.query_tokens, level.key_tokens, level.key_tokens), parts, strict=True
-                ):
-                    _add_rows_(total, tokens, part)
-            grads[0].mul_(setting.scale)
-            grads[1].mul_(setting.scale)
-        return (
-            grads[0].view(query.shape).to(query.dtype),
-            grads[1].view(key.shape).to(key.dtype),
-            grads[2].view(value.shape).to(value.dtype),
-            None,
-        )
+        return *_gradients(grad_out, grad_lse, query, key, value, out, lse, ctx.setting), None
+
+
+def _gradients(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    setting: _Setting,
+) -> tuple[Tensor, ...]:
+    num_tokens, num_heads, _ = query.shape
+    dtype = lse.dtype
+    with without_autocast(query.device):
+        query_rows, key_rows, value_rows = _token_rows(query, key, value, setting)
+        if grad_out is None:
+            grad_out_rows, delta = torch.zeros_like(query_rows), torch.zeros_like(lse)
+        else:
+            grad_out_rows = grad_out.to(dtype).reshape(query_rows.shape)
+            delta = (grad_out_rows.view(out.shape) * out).sum(2)
+        if grad_lse is not None:
+            delta = delta - grad_lse
+        rows = (num_tokens * setting.num_kv_heads, setting.fold)
+        grads = [torch.zeros_like(query_rows), torch.zeros_like(key_rows), torch.zeros_like(value_rows)]
+        plan = plan_for(setting.layout, num_heads, setting.num_kv_heads, setting.window)
+        for level in plan.levels:
+            parts = _level_backward(
+                level,
+                query_rows,
+                key_rows,
+                value_rows,
+                grad_out_rows,
+                lse.reshape(rows),
+                delta.reshape(rows),
+                setting,
+            )
+            if level.query_tokens is None:
+                grads = list(parts)
+                continue
+            for total, tokens, part in zip(
+                grads, (level.query_tokens, level.key_tokens, level.key_tokens), parts, strict=True
+            ):
+                _add_rows_(total, tokens, part)
+        grads[0].mul_(setting.scale)
+        grads[1].mul_(setting.scale)
+    return tuple(
+        grad.view(tensor.shape).to(tensor.dtype) for grad, tensor in zip(grads, (query, key, value), strict=True)
+    )
 
 
 def _token_rows(query: Tensor, key: Tensor, value: Tensor, setting: _Setting) -> tuple[Tensor, Tensor, Tensor]:
@@ -302,6 +312,13 @@ def _token_rows(query: Tensor, key: Tensor, value: Tensor, setting: _Setting) ->
     )
 
 
+def _setting(
+    query: Tensor, key: Tensor, layout: PackedLayout, scale: float, softcap: float | None, window: int | None
+) -> _Setting:
+    num_kv_heads = key.shape[1]
+    return _Setting(layout, scale, softcap, window, num_kv_heads, query.shape[1] // num_kv_heads)
+
+
 def packed_attention_chunked(
     query: Tensor,
     key: Tensor,
@@ -312,7 +329,26 @@ def packed_attention_chunked(
     window: int | None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`specs_kernels.packed_attention`; returns (out, lse)."""
-    num_kv_heads = key.shape[1]
-    setting = _Setting(layout, scale, softcap, window, num_kv_heads, query.shape[1] // num_kv_heads)
-    out, lse = _PackedAttention.apply(query, key, value, setting)
+    out, lse = _PackedAttention.apply(query, key, value, _setting(query, key, layout, scale, softcap, window))
     return out, lse
+
+
+def packed_attention_chunked_gradient(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    layout: PackedLayout,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> tuple[Tensor, ...]:
+    """Gradients of query, key and value, in their shapes and dtype, from inputs and results of :func:`packed_attention_chunked`.
+
+    One upstream gradient may be None.
+    """
+    setting = _setting(query, key, layout, scale, softcap, window)
+    return _gradients(grad_out, grad_lse, query, key, value, out, lse, setting)

@@ -14,7 +14,6 @@ Letters: T tokens, H query heads, D head size.
 from __future__ import annotations
 
 from functools import lru_cache
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,9 +22,9 @@ from torch import Tensor
 from specs_kernels import checks
 from specs_kernels.dispatch import choose
 from specs_kernels.layout import PackedLayout
-from specs_kernels.linear_logprob.autograd import without_autocast
 from specs_kernels.packed_attention import chunked, native
 from specs_kernels.softmax import accumulation_dtype
+from specs_kernels.tracing import without_autocast
 
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor layout"
 _OPTIONS = "float scale, float? softcap, SymInt? window, str backend"
@@ -107,30 +106,23 @@ def _gradient(
     backend: str,
     wanted: list[bool],
 ) -> tuple[Tensor, ...]:
-    """Calls the backend's own backward, with what the operator kept in place of its context."""
+    """The backend's own gradient; empty where not wanted."""
     layout, window, name = _prepare(query, description, window, backend)
-    kept = SimpleNamespace(needs_input_grad=wanted)
+    kept = (grad_out, grad_lse, query, key, value, out, lse)
+    grads: tuple[Tensor | None, ...]
     with torch.no_grad(), without_autocast(query.device):
         if name == "native":
-            dtype = lse.dtype
-            kept.saved_tensors = (*(native._rows(tensor, dtype) for tensor in (query, key, value, out)), lse)
-            kept.layout, kept.dtype, kept.head_dim = layout, query.dtype, query.shape[2]
-            kept.options = (scale, softcap or 0.0, window or 0)
-            grads = native._PackedAttention.backward(kept, grad_out, grad_lse)
+            grads = native.packed_attention_native_gradient(*kept, layout, scale, softcap, window)
         elif name == "chunked":
-            heads = key.shape[1]
-            kept.saved_tensors = (query, key, value, out, lse)
-            kept.setting = chunked._Setting(layout, scale, softcap, window, heads, query.shape[1] // heads)
-            grads = chunked._PackedAttention.backward(kept, grad_out, grad_lse)
+            grads = chunked.packed_attention_chunked_gradient(*kept, layout, scale, softcap, window)
         else:
             from specs_kernels.packed_attention.triton import Options, packed_attention_triton_gradient
 
-            options = Options(layout, scale, softcap, window)
             which = (wanted[0], wanted[1], wanted[2])
-            grads = packed_attention_triton_gradient(grad_out, grad_lse, query, key, value, out, lse, options, which)
+            grads = packed_attention_triton_gradient(*kept, Options(layout, scale, softcap, window), which)
     return tuple(
         query.new_empty(0) if grad is None or not want else grad.contiguous()
-        for grad, want in zip(grads[:3], wanted, strict=True)
+        for grad, want in zip(grads, wanted, strict=True)
     )
 
 

@@ -21,6 +21,7 @@ from specs_kernels import checks
 from specs_kernels.layout import PackedLayout
 from specs_kernels.packed_attention.runs import forest_runs
 from specs_kernels.softmax import accumulation_dtype
+from specs_kernels.tracing import without_autocast
 
 HEAD_MULTIPLE = 16
 """Head sizes are padded to a multiple of this: zeros change neither scores nor gradients."""
@@ -68,10 +69,10 @@ class _PackedAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         dtype = accumulation_dtype(query.dtype)
         rows = [_rows(tensor, dtype) for tensor in (query, key, value)]
-        ctx.options = (scale, softcap or 0.0, window or 0)
-        ctx.layout, ctx.dtype, ctx.head_dim = layout, query.dtype, query.shape[2]
+        ctx.options = (layout, scale, softcap, window)
+        ctx.dtype, ctx.head_dim = query.dtype, query.shape[2]
         padded_out, lse = torch.ops.specs_kernels.packed_attention_forward(
-            *rows, layout.visible_from, run_table(layout), *ctx.options
+            *rows, layout.visible_from, run_table(layout), scale, softcap or 0.0, window or 0
         )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*rows, padded_out, lse)
@@ -80,25 +81,11 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         checks.refuse_second_derivative("packed_attention")
-        query, key, value, out, lse = ctx.saved_tensors
+        saved = ctx.saved_tensors
         if grad_out is None and grad_lse is None:
             return (None,) * 7
-        with torch.autocast("cpu", enabled=False):
-            grad_rows = torch.zeros_like(out) if grad_out is None else _rows(grad_out, lse.dtype)
-            grads = torch.ops.specs_kernels.packed_attention_backward(
-                grad_rows,
-                None if grad_lse is None else grad_lse.to(lse.dtype).contiguous(),
-                query,
-                key,
-                value,
-                out,
-                lse,
-                ctx.layout.visible_from,
-                run_table(ctx.layout),
-                *ctx.options,
-            )
-            dquery, dkey, dvalue = (_unpadded(grad, ctx.head_dim).to(ctx.dtype) for grad in grads)
-        return dquery, dkey, dvalue, None, None, None, None
+        grads = packed_attention_native_gradient(grad_out, grad_lse, *saved, *ctx.options)
+        return *(_unpadded(grad, ctx.head_dim).to(ctx.dtype) for grad in grads), None, None, None, None
 
 
 def packed_attention_native(
@@ -113,3 +100,36 @@ def packed_attention_native(
     """See :func:`specs_kernels.packed_attention`; returns (out, lse)."""
     out, lse = _PackedAttention.apply(query, key, value, layout, scale, softcap, window)
     return out, lse
+
+
+def packed_attention_native_gradient(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    layout: PackedLayout,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> tuple[Tensor, ...]:
+    """Gradients of query, key and value, in their shapes and dtype, from inputs and results of :func:`packed_attention_native`.
+
+    One upstream gradient may be None. Inputs and out may also come as the forward keeps them: padded, in the dtype of lse.
+    """
+    with without_autocast(query.device):
+        rows = [_rows(tensor, lse.dtype) for tensor in (query, key, value, out)]
+        grads = torch.ops.specs_kernels.packed_attention_backward(
+            torch.zeros_like(rows[3]) if grad_out is None else _rows(grad_out, lse.dtype),
+            None if grad_lse is None else grad_lse.to(lse.dtype).contiguous(),
+            *rows,
+            lse,
+            layout.visible_from,
+            run_table(layout),
+            scale,
+            softcap or 0.0,
+            window or 0,
+        )
+        return tuple(_unpadded(grad, query.shape[2]).to(query.dtype) for grad in grads)

@@ -12,14 +12,13 @@ from torch import Tensor
 from specs_kernels import checks
 from specs_kernels.dispatch import choose
 from specs_kernels.layout import PackedLayout
-from specs_kernels.linear_logprob.autograd import without_autocast
-from specs_kernels.linear_logprob.library import traced
 from specs_kernels.packed_attention.cascade import packed_attention_cascade
 from specs_kernels.packed_attention.chunked import packed_attention_chunked
 from specs_kernels.packed_attention.library import OPERATOR
 from specs_kernels.packed_attention.native import packed_attention_native
 from specs_kernels.packed_attention.reference import packed_attention_reference
 from specs_kernels.softmax import accumulation_dtype
+from specs_kernels.tracing import traced, without_autocast
 
 _Run = Callable[[Tensor, Tensor, Tensor, PackedLayout, float, float | None, int | None], tuple[Tensor, Tensor]]
 

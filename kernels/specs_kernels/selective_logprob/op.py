@@ -7,11 +7,10 @@ from torch import Tensor
 
 from specs_kernels import checks
 from specs_kernels.dispatch import choose
-from specs_kernels.linear_logprob.autograd import without_autocast
-from specs_kernels.linear_logprob.library import traced
 from specs_kernels.results import TokenLogprobs
 from specs_kernels.selective_logprob.autograd import OPERATOR, SelectiveLogprob, set_aside, validate_values
 from specs_kernels.selective_logprob.reference import selective_logprob_reference
+from specs_kernels.tracing import traced, without_autocast
 
 
 def selective_logprob(

@@ -1,4 +1,7 @@
-"""Putting sizes into bins of one capacity: the searches behind `planner.plan`, on numbers alone."""
+"""Bins for sizes: best fit, next fit, padded rows, and bins of even cost. Results give the bin of each item.
+
+Letters: C candidates to change places with.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
 
 
 def best_fit(sizes: Sequence[int], capacity: int) -> list[int]:
@@ -17,8 +21,7 @@ def best_fit(sizes: Sequence[int], capacity: int) -> list[int]:
 
     A size above the capacity has a bin of its own.
     """
-    if sum(sizes) <= capacity:  # "no budget" is a huge number, and rooms take memory by its root
-        return [0] * len(sizes)
+    capacity = min(capacity, sum(sizes))
     rooms = _Rooms(capacity)
     bins: list[int] = []
     count = 0
@@ -96,7 +99,7 @@ def fill_rows(rows: Sequence[int], longest: Sequence[int], capacity: int) -> lis
     return bins
 
 
-def spread(share: NDArray[np.float64], tokens: Ints, count: int, capacity: int) -> Ints | None:
+def spread(share: Floats, tokens: Ints, count: int, capacity: int) -> Ints | None:
     """The costliest part first, each into the cheapest of ``count`` bins that has room; None where one finds no room.
 
     Looking past bins without room is given up after as many looks as there are parts, so the search stays short.
@@ -124,8 +127,7 @@ def spread(share: NDArray[np.float64], tokens: Ints, count: int, capacity: int) 
 
 def divided(bins: Ints, tokens: Ints, fewest: int, count: int) -> Ints:
     """The bins as ``count`` of them: every second part of the largest that has two goes to a new one, as often as possible."""
-    counts = np.bincount(bins, minlength=fewest)
-    members = np.split(np.argsort(bins, kind="stable"), np.cumsum(counts)[:-1])
+    members = np.split(np.argsort(bins, kind="stable"), np.cumsum(np.bincount(bins, minlength=fewest))[:-1])
     heap = [(-int(tokens[items].sum()), index) for index, items in enumerate(members) if len(items) > 1]
     heapq.heapify(heap)
     while heap and len(members) < count:
@@ -139,3 +141,43 @@ def divided(bins: Ints, tokens: Ints, fewest: int, count: int) -> Ints:
     for index, items in enumerate(members):
         result[items] = index
     return result
+
+
+LOOKS = 4_000_000
+"""Pairs of items that `evened` compares at most: about a tenth of a second."""
+
+
+def evened(bins: Ints, share: Floats, tokens: Ints, count: int, capacity: int) -> Ints:
+    """Items move out of the bin of the largest share, or change places with items elsewhere, as long as that lowers it.
+
+    Each time the change after which the larger share of the two bins is least, within the capacity.
+    """
+    bins = bins.copy()
+    load, held = np.bincount(bins, share, count), np.zeros(count, np.int64)
+    np.add.at(held, bins, tokens)
+    looks = LOOKS
+    while True:
+        largest = int(load.argmax())
+        ours, theirs = np.flatnonzero(bins == largest), np.flatnonzero(bins != largest)
+        # An item may also change places with nothing: one more candidate per bin.
+        share_C = np.append(share[theirs], np.zeros(count))
+        tokens_C = np.append(tokens[theirs], np.zeros(count, np.int64))
+        bin_C = np.append(bins[theirs], np.arange(count))
+        looks -= len(ours) * len(bin_C)
+        if looks < 0 or not len(ours):
+            return bins
+        gained = share[ours, None] - share_C
+        moved = tokens[ours, None] - tokens_C
+        after = np.maximum(load[largest] - gained, load[bin_C] + gained)
+        fits = (held[bin_C] + moved <= capacity) & (held[largest] - moved <= capacity) & (bin_C != largest)
+        after[~fits] = np.inf
+        item, other = np.unravel_index(after.argmin(), after.shape)
+        if not after[item, other] < load[largest] * (1 - 1e-9):
+            return bins
+        target = int(bin_C[other])
+        bins[ours[item]] = target
+        if other < len(theirs):
+            bins[theirs[other]] = largest
+        for index, sign in ((largest, -1), (target, 1)):
+            load[index] += sign * gained[item, other]
+            held[index] += sign * moved[item, other]
