@@ -44,20 +44,24 @@ class Encoder:
         self.pad_token_id = self.eos_token_id if pad is None else int(pad)
         self._silent = {self.eos_token_id, self.pad_token_id, *end_token_ids}
         self.image_token_id = _image_token_id(processor)
-        self._cache: OrderedDict[tuple[str, str, str, int], EncodedPrompt] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, str], tuple[Prompt, EncodedPrompt]] = OrderedDict()
         self._cached_bytes = 0
 
     def prompt(self, prompt: Prompt) -> EncodedPrompt:
         """The prompt through the chat template, generation prompt added, image tokens expanded."""
-        key = (prompt.source, prompt.id, prompt.text, len(prompt.images))
+        key = (prompt.source, prompt.id)
         if key in self._cache:
-            self._cache.move_to_end(key)
-            return self._cache[key]
+            known, encoded = self._cache[key]
+            if _same(known, prompt):
+                self._cache.move_to_end(key)
+                return encoded
+            del self._cache[key]
+            self._cached_bytes -= _size(encoded)
         encoded = self._encode(prompt)
-        self._cache[key] = encoded
+        self._cache[key] = (prompt, encoded)
         self._cached_bytes += _size(encoded)
         while self._cached_bytes > CACHE_BYTES and len(self._cache) > 1:
-            _, dropped = self._cache.popitem(last=False)
+            _, (_, dropped) = self._cache.popitem(last=False)
             self._cached_bytes -= _size(dropped)
         return encoded
 
@@ -237,6 +241,12 @@ def _image_token_id(processor: Any) -> int | None:
     if token_id is None:
         token_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
     return int(token_id)
+
+
+def _same(one: Prompt, other: Prompt) -> bool:
+    """Whether two prompts are encoded alike; of pictures that come from no file only the same prompt says so."""
+    known_images = bool(one.image_paths) or not (one.images or other.images)
+    return one is other or (known_images and one.messages == other.messages and one.image_paths == other.image_paths)
 
 
 def _size(prompt: EncodedPrompt) -> int:

@@ -17,7 +17,7 @@ from specs_fast.models.attention import text_attention
 from specs_fast.models.images import ImageFeatures, encode_images, images_see_both_ways
 from specs_fast.models.modes import scoring_mode
 from specs_fast.models.positions import forest_positions
-from specs_fast.models.support import check_packable, check_scorable
+from specs_fast.models.support import check_packable, check_scorable, check_unwrapped
 from specs_kernels import PackedLayout
 
 
@@ -36,8 +36,10 @@ def packed_hidden(
     appearance in the row; equal keys are encoded once. features: encoded images to use instead of running the vision tower.
 
     Differentiable in the model's parameters; gradient checkpointing works. The model's attention implementation is the same
-    before and after. Raises ValueError for a model that cannot be packed, sizes that differ, an image that spans segments.
+    before and after. Raises ValueError for a wrapper around a model or one that cannot be packed, sizes that differ, an image
+    that spans segments.
     """
+    check_unwrapped(model)
     check_packable(model)
     check_scorable(model, _longest_path(layout))
     if not input_ids.shape == token_types.shape == (layout.num_tokens,):

@@ -123,11 +123,19 @@ def check_prompt_images(model: PreTrainedModel, prompt: EncodedPrompt) -> None:
             f"prompt {prompt.id!r}: input_ids hold {int(is_image.sum())} image tokens, token_types mark "
             f"{int((prompt.token_types == 1).sum())} places; they must be the same places"
         )
-    expected = sum(image_tokens(model, image) for image in prompt.images)
+    try:
+        expected = sum(image_tokens(model, image) for image in prompt.images)
+    except ValueError as error:
+        raise ValueError(f"prompt {prompt.id!r}: {error}") from error
     if int(is_image.sum()) != expected:
         raise ValueError(
             f"prompt {prompt.id!r} holds {int(is_image.sum())} image tokens, but its {len(prompt.images)} images take {expected}"
         )
+    if prompt.images and uses_mrope(model):
+        try:
+            segment_positions(model, prompt.token_types, prompt.images)
+        except ValueError as error:
+            raise ValueError(f"prompt {prompt.id!r}: {error}") from error
 
 
 def forest_positions(

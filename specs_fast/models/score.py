@@ -23,7 +23,7 @@ from specs_fast.models.images import encode_images, visibility_kwargs
 from specs_fast.models.load import image_token_id
 from specs_fast.models.modes import scoring_mode
 from specs_fast.models.positions import check_prompt_images, segment_positions, uses_mrope
-from specs_fast.models.support import check_scorable
+from specs_fast.models.support import check_scorable, check_unwrapped
 from specs_kernels import PackedLayout, linear_logprob
 
 Packing = Literal["shared", "none"]
@@ -46,11 +46,12 @@ def score(
     Returns `Scores` in tree order, on the model's device, logp and entropy fp32 (fp64 for an fp64 model). Empty responses are
     allowed and score no token.
 
-    Raises ValueError for a model that cannot be packed (with "shared"), an empty prompt, an image token in a response, image
-    tokens that do not match a prompt's images, and an unknown packing.
+    Raises ValueError for a wrapper around a model (PEFT, DDP), a model that cannot be packed (with "shared"), an empty prompt, an
+    image token in a response, image tokens that do not match a prompt's images, and an unknown packing.
     """
     if packing not in ("shared", "none"):
         raise ValueError(f"packing is {packing!r}; allowed: 'shared', 'none'")
+    check_unwrapped(model)
     _check_trees(model, trees)
     lengths = [int(response.shape[0]) for tree in trees for response in tree.responses]
     scored = [tree for tree in trees if tree.num_response_tokens > 0]

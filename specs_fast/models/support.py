@@ -36,6 +36,16 @@ _ATTENTION_LAYERS = ("full_attention", "sliding_attention")
 _RECURRENT = ("mamba", "delta", "rwkv", "shortconv", "recurrent", "lightningattention", "lru", "xlstm", "mixer")
 
 
+def check_unwrapped(model: nn.Module) -> None:
+    """Raise ValueError unless this is a transformers model itself; a wrapper's own forward would be passed by silently."""
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"got a {type(model).__name__} instead of a transformers model; pass get_base_model() of a PEFT model (its adapters "
+            "stay in effect), .module of DistributedDataParallel or DataParallel (gradients are then yours to reduce), and call "
+            "model.compile() in place of torch.compile(model)"
+        )
+
+
 def check_packable(model: PreTrainedModel) -> None:
     """Raise ValueError, naming the layer or setting and `packing: none`, unless packed runs of this model equal separate runs.
 

@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 from specs_fast.data.types import Completion, EncodedPrompt
 from specs_fast.models.images import ImageFeatures, encode_images, visibility_kwargs
 from specs_fast.models.positions import check_position_limit, check_prompt_images, segment_positions, uses_mrope
+from specs_fast.models.support import check_unwrapped
 from specs_fast.rollout.draw import Truncation, draw, row_uniforms
 
 # Ended rows are dropped from the cache once they are this share of it: dropping copies the rows that stay.
@@ -64,8 +65,9 @@ class Sampler:
     def update_weights(self, model: PreTrainedModel) -> None:
         """Sample from this model from now on; a model trained in place needs no call.
 
-        Raises ValueError when an end-of-sequence token is one of the model's vision tokens.
+        Raises ValueError for a wrapper around a model, and when an end-of-sequence token is one of the model's vision tokens.
         """
+        check_unwrapped(model)
         banned = vision_token_ids(model)
         clash = sorted(set(self._eos) & set(banned))
         if clash:

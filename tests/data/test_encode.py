@@ -41,6 +41,23 @@ def test_image_tokens_equal_merged_patches_and_images_split_by_content(encoder: 
     assert encoder.prompt(prompts[0]) is one
 
 
+def test_another_prompt_of_the_same_name_is_encoded_on_its_own(encoder: Encoder, prompts: list[Prompt]) -> None:
+    """Other pictures of no file, another order of turns, other files: none is answered with what was kept for the first."""
+    one, two = text_prompt("count", 1), text_prompt("count", 2)
+    other = replace(one, images=two.images[1:])
+    assert encoder.prompt(one).images[0].key != encoder.prompt(other).images[0].key
+    turns = [{"role": role, "content": [{"type": "text", "text": role}]} for role in ("user", "assistant")]
+    asked, answered = (replace(text_prompt("x"), messages=tuple(order)) for order in (turns, turns[::-1]))
+    swapped = replace(
+        answered, messages=tuple({**m, "content": turns[i]["content"]} for i, m in enumerate(turns[::-1]))
+    )
+    assert asked.text == swapped.text
+    assert not torch.equal(encoder.prompt(asked).input_ids, encoder.prompt(swapped).input_ids)
+    moved = replace(prompts[0], images=prompts[1].images, image_paths=prompts[1].image_paths)
+    assert encoder.prompt(moved).images[0].key != encoder.prompt(prompts[0]).images[0].key
+    assert encoder.prompt(replace(prompts[0])) is encoder.prompt(prompts[0])
+
+
 def test_equal_pixels_have_equal_keys_whatever_the_prompt(encoder: Encoder, prompts: list[Prompt]) -> None:
     other = replace(prompts[0], id="other", messages=text_prompt("count", 1).messages)
     assert encoder.prompt(other).images[0].key == encoder.prompt(prompts[0]).images[0].key

@@ -7,13 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from separate_runs import prompt_inputs, separate_scores
+from separate_runs import prompt_inputs, relative_error, separate_scores, weighted_gradients
 from tiny_models import (
     EOS,
     IMAGE,
     MODELS,
     PAD,
     VISION_MODELS,
+    image_run,
     make_image,
     make_model,
     make_prompt,
@@ -234,3 +235,28 @@ def test_image_features_are_taken_in_order_of_appearance() -> None:
     assert (expected[:4] - expected[4:]).abs().max() > 0.01
     for packing in ("shared", "none"):
         torch.testing.assert_close(score(model, trees, packing=packing).logp, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("packing", ["shared", "none"])
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_vl"])
+def test_adapters_inside_a_model_count_and_wrappers_are_refused(kind: str, packing: str) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed; it comes with specs-fast[dev]")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    wrapped, trees = peft.get_peft_model(make_model(kind), config).eval(), mixed_trees(kind)
+    expected, _ = separate_scores(wrapped, trees)
+    assert (expected - separate_scores(make_model(kind), trees)[0]).abs().max() > 0.01
+    logp = score(wrapped.get_base_model(), trees, packing=packing).logp
+    torch.testing.assert_close(logp, expected, atol=1e-5, rtol=0)
+    assert relative_error(weighted_gradients(wrapped, logp), weighted_gradients(wrapped, expected)) < 1e-5
+    for wrapper in (wrapped, torch.nn.DataParallel(make_model(kind)), torch.compile(make_model(kind))):
+        with pytest.raises(ValueError, match=f"got a {type(wrapper).__name__} instead of a transformers model; pass"):
+            score(wrapper, trees, packing=packing)
+
+
+@pytest.mark.parametrize("packing", ["shared", "none"])
+def test_two_images_in_one_run_name_the_prompt(packing: str) -> None:
+    a, b = make_image("a"), make_image("b", (1, 6, 4))
+    ids = torch.cat((image_run(a)[:-1], image_run(b)[1:]))
+    prompt = EncodedPrompt("joined", ids, (ids == IMAGE).long(), (a, b))
+    with pytest.raises(ValueError, match=r"prompt 'joined': runs of \[12\] image tokens for 2 images"):
+        score(make_model("qwen3_vl"), [Tree(prompt, (torch.tensor([5]),))], packing=packing)
