@@ -32,12 +32,15 @@ def pairs(mini_lab: LabPaths) -> list[Pair]:
     return [Pair(prompt, good, "i see 3 7 . the answer is 10") for prompt in prompts]
 
 
-def gradient(policy: Policy, pairs: list[Pair], config: DPOConfig, reference: list[torch.Tensor]) -> torch.Tensor:
+def gradient(
+    policy: Policy, pairs: list[Pair], config: DPOConfig, reference: list[torch.Tensor]
+) -> tuple[torch.Tensor, dict[str, float]]:
     policy.model.zero_grad(set_to_none=True)
     metrics = batch_gradient(policy, [pair_tree(policy, pair) for pair in pairs], reference, config)
     assert metrics["packing/split_trees"] == 0  # the loss of a pair needs both sides
     assert metrics["packing/over_budget"] == (len(pairs) if config.micro_batch_tokens == 1 else 0)
-    return torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None])
+    grads = torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None])
+    return grads, {key: value for key, value in metrics.items() if not key.startswith("packing/")}
 
 
 def test_the_first_step_has_margin_zero_and_loss_ln2_plus_nll(
@@ -61,12 +64,34 @@ def test_micro_batches_and_packing_never_change_the_gradient(
     policy = Policy.load(mini_lab.base_dir, MODEL, trainable=True)
     longer = [*pairs[:5], replace(pairs[5], chosen=pairs[5].chosen.replace("3 + 7 = 10 .", "3 + 7 = 10 . so 10 ."))]
     reference = policy.score_in_batches([pair_tree(policy, pair) for pair in longer], 4096)
-    whole = gradient(policy, longer, config, reference)
-    cut = gradient(policy, longer, replace(config, micro_batch_tokens=1), reference)
+    generator = torch.Generator().manual_seed(0)
+    reference = [logp + 0.3 * torch.randn(logp.shape, generator=generator) for logp in reference]
+    whole, metrics = gradient(policy, longer, config, reference)
+    largest = max(pair_tree(policy, pair).num_tokens for pair in longer)
+    cuts = [gradient(policy, longer, replace(config, micro_batch_tokens=n), reference) for n in (1, 2 * largest)]
     policy.packing = "none"
-    padded = gradient(policy, longer, config, reference)
-    assert float((cut - whole).norm() / whole.norm()) < 1e-5
-    assert float((padded - whole).norm() / whole.norm()) < 1e-5
+    for grads, values in (*cuts, gradient(policy, longer, config, reference)):
+        assert float((grads - whole).norm() / whole.norm()) < 1e-5
+        assert values == pytest.approx(metrics, abs=1e-5)
+
+
+@pytest.mark.parametrize("nll_mode", ["sequence", "token"])
+def test_micro_batches_never_change_the_gradient_of_sft(mini_lab: LabPaths, pairs: list[Pair], nll_mode: str) -> None:
+    policy = Policy.load(mini_lab.base_dir, MODEL, trainable=True)
+    trees = [pair_tree(policy, pair) for pair in pairs]
+    trees = [replace(tree, responses=tree.responses[i % 2 : i % 2 + 1]) for i, tree in enumerate(trees)]
+    results = []
+    for max_tokens in (4096, 2 * max(tree.num_tokens for tree in trees), 1):
+        policy.model.zero_grad(set_to_none=True)
+        config = replace(CONFIG, nll_mode=nll_mode, micro_batch_tokens=max_tokens)  # type: ignore[arg-type]
+        metrics = sft_gradient(policy, trees, config)
+        grads = torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None])
+        results.append((grads, metrics["loss"], metrics["entropy"], metrics["packing/micro_batches"]))
+    whole = results[0]
+    assert [result[3] for result in results] == [1, 3, 6]
+    for result in results[1:]:
+        assert float((result[0] - whole[0]).norm() / whole[0].norm()) < 1e-5
+        assert result[1:3] == pytest.approx(whole[1:3], abs=1e-5)
 
 
 def test_reference_log_probs_are_cached_by_content(mini_lab: LabPaths, pairs: list[Pair], tmp_path: Path) -> None:
