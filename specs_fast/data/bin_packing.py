@@ -127,18 +127,20 @@ def spread(share: Floats, tokens: Ints, count: int, capacity: int) -> Ints | Non
 
 def divided(bins: Ints, tokens: Ints, fewest: int, count: int) -> Ints:
     """The bins as ``count`` of them: every second part of the largest that has two goes to a new one, as often as possible."""
-    members = [np.flatnonzero(bins == index) for index in range(fewest)]
-    while len(members) < count:
-        divisible = [index for index, items in enumerate(members) if len(items) > 1]
-        if not divisible:
-            break
-        largest = max(divisible, key=lambda index: int(tokens[members[index]].sum()))
+    members = np.split(np.argsort(bins, kind="stable"), np.cumsum(np.bincount(bins, minlength=fewest))[:-1])
+    heap = [(-int(tokens[items].sum()), index) for index, items in enumerate(members) if len(items) > 1]
+    heapq.heapify(heap)
+    while heap and len(members) < count:
+        largest = heapq.heappop(heap)[1]
         members.append(members[largest][1::2])
         members[largest] = members[largest][::2]
-    divided = np.empty_like(bins)
+        for index in (largest, len(members) - 1):
+            if len(members[index]) > 1:
+                heapq.heappush(heap, (-int(tokens[members[index]].sum()), index))
+    result = np.empty_like(bins)
     for index, items in enumerate(members):
-        divided[items] = index
-    return divided
+        result[items] = index
+    return result
 
 
 LOOKS = 4_000_000

@@ -7,6 +7,7 @@ Letters: B trees, S responses of all trees, I parts (whole trees, or pieces of s
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,7 +18,6 @@ from numpy.typing import ArrayLike
 from specs_fast.data.bin_packing import Floats, Ints, best_fit, divided, evened, fill_rows, next_fit, spread
 
 MAX_LENGTH = 2**24
-"""Sums of squares of this many tokens stay far below 2^63."""
 
 
 class Part(NamedTuple):
@@ -102,14 +102,12 @@ def plan(
 
     Deterministic: equal lengths are taken in the order of trees. O(S + I log I) and a bounded search for changes.
 
-    ValueError for a budget or ``multiple_of`` below 1, an unknown packing, lengths that are no integers of 0 to 2^24, and
-    numbers of entries that do not match.
+    ValueError for a budget or ``multiple_of`` that is no integer of at least 1, an unknown packing, lengths that are no integers
+    of 0 to 2^24 or whose pairs may not fit 64 bits, and numbers of entries that do not match.
     """
     if packing not in ("shared", "none"):
         raise ValueError(f"packing is {packing!r}; allowed: 'shared', 'none'")
-    for name, value in (("max_tokens", max_tokens), ("multiple_of", multiple_of)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
+    max_tokens, multiple_of = _count("max_tokens", max_tokens), _count("multiple_of", multiple_of)
     trees = _Trees.checked(prompt_lengths, num_responses, response_lengths)
     shared = packing == "shared"
     parts, costs, split = _parts(trees, max_tokens, shared=shared, keep_whole=keep_whole)
@@ -157,7 +155,24 @@ class _Trees:
             )
         if num_B.sum() != len(response_S):
             raise ValueError(f"num_responses sum to {num_B.sum()}, but response_lengths has {len(response_S)} entries")
+        longest = int(prompt_B.max(initial=0)) + int(response_S.max(initial=0))
+        rows = len(prompt_B) + len(response_S)
+        if rows * (longest + 1) ** 2 >= 2**63:
+            raise ValueError(
+                f"{rows} rows of up to {longest} tokens: their (query, key) pairs may not fit 64 bits; plan fewer at a time"
+            )
         return _Trees(prompt_B, num_B, response_S, np.cumsum(num_B) - num_B)
+
+
+def _count(name: str, value: int) -> int:
+    """The value as a Python integer of at least 1."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+    return count
 
 
 def _integers(name: str, values: ArrayLike) -> Ints:

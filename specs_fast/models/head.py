@@ -5,6 +5,7 @@ The one place where the trainer reads the head's weight.
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import dataclass
 
@@ -16,8 +17,6 @@ _MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
 _DIVISORS = ("logits_scaling",)
 _MULTIPLIED_BY_DIVISOR = ("hyperclovax",)
 """Model types that multiply their logits by the entry that the others divide them by."""
-_IGNORE_SOFTCAP = ("gemma3",)
-"""Model types whose text configuration may hold a soft cap that their vision-language head does not apply."""
 # Configuration entries that name logits and do not touch the language-model head's output.
 _UNRELATED = re.compile(
     r"router|attn|attention|attentive|output_logits|num_logits_to_keep|logit_scale_init|contrastive|auxiliary"
@@ -58,6 +57,9 @@ def head_of(model: PreTrainedModel) -> Head:
 def logit_transform(model: PreTrainedModel) -> tuple[float | None, float]:
     """Soft cap and scale that a model's configuration puts on its logits: ``softcap(scale * (hidden @ weight.T + bias))``.
 
+    An entry counts where the model's forward reads it: vision-language models often leave out what the language model of the
+    same text configuration does (LLaVA around Gemma-2 has no soft cap).
+
     Raises ValueError for configuration entries about logits whose effect is not known here.
     """
     name = type(model).__name__
@@ -67,8 +69,10 @@ def logit_transform(model: PreTrainedModel) -> tuple[float | None, float]:
     for entry, value in config.to_dict().items():
         if not _LOGIT_ENTRY.search(entry) or value is None or isinstance(value, bool) or _UNRELATED.search(entry):
             continue
+        if entry in (_SOFTCAP, *_MULTIPLIERS, *_DIVISORS) and not _reads(model, entry):
+            continue
         if entry == _SOFTCAP:
-            softcap = None if model.config.model_type in _IGNORE_SOFTCAP else float(value)
+            softcap = float(value)
         elif entry in _MULTIPLIERS or (entry in _DIVISORS and config.model_type in _MULTIPLIED_BY_DIVISOR):
             scale *= float(value)
         elif entry in _DIVISORS:
@@ -76,3 +80,9 @@ def logit_transform(model: PreTrainedModel) -> tuple[float | None, float]:
         else:
             raise ValueError(f"{name}: {entry} = {value!r} changes the logits in a way that is not supported")
     return softcap, scale
+
+
+def _reads(model: PreTrainedModel, entry: str) -> bool:
+    """Whether the forward that runs the head names this entry; True for one that leaves the head to another module."""
+    names = inspect.unwrap(type(model).forward).__code__.co_names
+    return entry in names or "lm_head" not in names

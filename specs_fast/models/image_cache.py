@@ -7,6 +7,7 @@ While no parameter of the tower takes a gradient, its features are a function of
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -71,12 +72,21 @@ def feature_cache(base: nn.Module, text: nn.Module) -> FeatureCache | None:
         return None
     kind = tensors[0].device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    stamp = (autocast, base.training, tuple((id(tensor), tensor.data_ptr(), _version(tensor)) for tensor in tensors))
+    stamp = (autocast, base.training, tuple(map(id, tensors)), _sums(tensors))
     cache = _caches.get(base)
     if cache is None or cache.stamp != stamp:
         cache = _caches[base] = FeatureCache(stamp)
     return cache
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _sums(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """Per tensor the sum of its elements' bits as integers, in one transfer.
+
+    PyTorch's version counters are not enough: an update through ``.data`` or NumPy leaves no trace there, and neither does one of
+    tensors made in inference mode; averaged and synchronised reference models are updated in just that way.
+    """
+    sums = [tensor.detach().view(_INTEGERS[tensor.element_size()]).sum() for tensor in tensors]
+    return tuple(torch.stack([each.to(sums[0].device) for each in sums]).tolist())

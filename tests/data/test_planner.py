@@ -188,9 +188,35 @@ def test_a_hundred_thousand_trees_and_none() -> None:
     assert len(empty) == 0 and empty.metrics()["packing/balance_pairs"] == 1.0
 
 
+def test_a_huge_budget_is_one_micro_batch() -> None:
+    """Without a budget in effect, nothing may grow with it."""
+    result = made([(3, (5, 1)), (9, (2,))], 10**18, packing="shared")
+    assert result.micro_batches == (((0, (0, 1)), (1, (0,))),)
+
+
+@pytest.mark.parametrize("packing", ["shared", "none"])
+def test_numbers_of_numpy_are_numbers(packing: str) -> None:
+    trees: list[Tree] = [(7, (90, 3)), (40, (2,)), (6, (80, 80)), (60, ())]
+    expected = made(trees, 100, packing=packing, multiple_of=3)
+    for kind in (np.int32, np.int64, np.uint64):
+        result = made(trees, kind(100), packing=packing, multiple_of=kind(3))
+        assert result == expected and type(result.max_tokens) is int
+
+
+def test_a_large_multiple_divides_the_largest_first() -> None:
+    lengths = np.random.default_rng(0).integers(1, 900, 100_000)
+    trees = (np.zeros(100_000, np.int64), np.ones(100_000, np.int64), lengths)
+    result = plan(*trees, 16384, packing="none", multiple_of=4096)
+    assert len(result) == 4096 and min(map(len, result.micro_batches)) >= 1
+    assert result.metrics()["packing/balance_tokens"] < 2.5
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
+        (([1], [1], [1], 10.5), {}, "max_tokens is 10.5; it must be a whole number"),
+        (([1], [1], [1], None), {}, "max_tokens is None"),
+        (([2**24] * 40000, [0] * 40000, [], 2**24), {}, "40000 rows of up to 16777216 tokens: .* may not fit 64"),
         (([1], [1], [1], 0), {}, "max_tokens is 0"),
         (([1], [1], [1], 5), {"multiple_of": 0}, "multiple_of is 0"),
         (([1], [1], [1], 5), {"packing": "rows"}, "packing is 'rows'; allowed"),

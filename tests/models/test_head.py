@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from separate_runs import relative_error, separate_scores, weighted_gradients
 from tiny_models import make_model, mixed_trees
 from transformers import (
+    AutoModelForImageTextToText,
     CohereConfig,
     CohereForCausalLM,
     Gemma2Config,
@@ -19,6 +22,8 @@ from transformers import (
     GraniteForCausalLM,
     HyperCLOVAXConfig,
     HyperCLOVAXForCausalLM,
+    Idefics3Config,
+    LlavaConfig,
     PreTrainedModel,
 )
 
@@ -77,6 +82,26 @@ def test_soft_cap_of_gemma3_is_applied_where_its_head_applies_it() -> None:
     for model in models:
         largest = _randomised(model)(input_ids=torch.arange(1, 20)[None]).logits.abs().max()
         assert (largest <= 2.0) == (head_of(model).softcap is not None)
+
+
+@pytest.mark.parametrize("packing", ["shared", "none"])
+@pytest.mark.parametrize("text", ["gemma2", "gemma3_text"])
+@pytest.mark.parametrize("wrapper", [LlavaConfig, Idefics3Config], ids=["llava", "idefics3"])
+def test_soft_cap_of_a_gemma_inside_another_model_is_not_applied(wrapper: Any, text: str, packing: Any) -> None:
+    own = {"head_dim": 8, "final_logit_softcapping": 2.0, "attn_logit_softcapping": 3.0, "sliding_window": 4}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = wrapper(text_config={**_SMALL, **own, "model_type": text}, vision_config={**vision, "image_size": 8})
+    model = _randomised(AutoModelForImageTextToText.from_config(config, attn_implementation="eager"))
+    trees = mixed_trees("qwen3")
+    expected, _ = separate_scores(model, trees)
+    torch.testing.assert_close(score(model, trees, packing=packing).logp, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("entry", ["final_logit_softcapping", "logit_scale", "logits_scaling"])
+def test_an_entry_that_the_model_does_not_read_changes_nothing(entry: str) -> None:
+    model, trees = make_model("llama", **{entry: 3.0}), mixed_trees("llama")
+    expected, _ = separate_scores(model, trees)
+    torch.testing.assert_close(score(model, trees, packing="shared").logp, expected, atol=1e-5, rtol=0)
 
 
 def test_head_bias_is_used_and_gets_a_gradient() -> None:

@@ -62,7 +62,8 @@ def test_a_trained_tower_is_run_every_time_and_gets_gradients(tower_calls: list[
 
 @pytest.mark.parametrize("kind", VISION_MODELS)
 def test_new_weights_are_noticed(kind: str, tower_calls: list[int]) -> None:
-    """Whatever changes a weight of the frozen tower: an update in place, loading a state dict, another tensor."""
+    """Whatever changes a weight of the frozen tower: an update in place, loading a state dict, another tensor, and what PyTorch
+    does not count as a new version: an average through `.data` (as TRL updates a reference), one element, NumPy."""
     model, other, images = frozen(kind), frozen(kind), [make_image("a")]
     tower = vision_tower(model)
     assert tower is not None
@@ -79,8 +80,18 @@ def test_new_weights_are_noticed(kind: str, tower_calls: list[int]) -> None:
         parameter = next(tower.parameters())
         parameter.data = parameter.data * 0.3
 
+    def average() -> None:
+        parameter = next(tower.parameters())
+        parameter.data.mul_(0.9).add_(torch.ones_like(parameter), alpha=0.1)
+
+    def one_element() -> None:
+        next(tower.parameters()).data.view(-1)[3:4].add_(1.0)
+
+    def through_numpy() -> None:
+        next(tower.parameters()).detach().numpy()[0] += 1.0
+
     features = encode_images(model, images)
-    for count, change in enumerate((shift, load, swap), start=2):
+    for count, change in enumerate((shift, load, swap, average, one_element, through_numpy), start=2):
         change()
         changed = encode_images(model, images)
         assert len(tower_calls) == count
@@ -96,6 +107,17 @@ def test_a_rollout_in_inference_mode_may_fill_the_cache_for_an_update() -> None:
     logp = score(model, trees, packing="shared").logp
     logp.sum().backward()
     assert torch.equal(before, logp.detach())
+
+
+def test_new_weights_of_a_model_made_in_inference_mode_are_noticed() -> None:
+    with torch.inference_mode():
+        model, images = frozen("qwen3_vl"), [make_image("a")]
+        tower = vision_tower(model)
+        assert tower is not None
+        before = encode_images(model, images)
+        next(tower.parameters()).mul_(2.0)
+        after = encode_images(model, images)
+    assert before is not None and after is not None and not torch.equal(before.pooled[0], after.pooled[0])
 
 
 def test_new_images_join_old_ones_in_the_order_of_the_call(tower_calls: list[int]) -> None:
