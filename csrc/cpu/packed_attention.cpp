@@ -285,8 +285,9 @@ void check(const Tensor& query, const Tensor& key, const Tensor& value, const Te
     const Run* above = r[i].parent < 0 ? nullptr : r + r[i].parent;
     if (!above) root = i;
     STD_TORCH_CHECK(
-        (!above || r[i].parent >= root) && r[i].position == (above ? above->position + (above->end - above->start) : 0),
-        "packed_attention native: a run must be below one of its own tree, its position the next one");
+        (!above || r[i].parent >= root) && r[i].position >= (above ? above->position : 0) &&
+            r[i].position <= (above ? above->position + (above->end - above->start) : 0),
+        "packed_attention native: a run must be below one of its own tree and begin where that has a token or ends");
     covered = r[i].end;
   }
   STD_TORCH_CHECK(covered == query.size(0), "packed_attention native: runs must cover every token");

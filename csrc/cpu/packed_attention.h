@@ -1,7 +1,7 @@
 // What the driver (packed_attention.cpp) and the kernels of each instruction set agree on.
 //
-// A *run* is a piece of the packed row in which every token sees all earlier tokens of the piece: a segment, or a chain of segments without
-// branches. A token sees its own run up to itself (or to the end of its bidirectional span) and all tokens of the runs above it.
+// A *run* is a piece of the row in which every token sees all earlier tokens of the piece. A token sees its own run up to itself (or to the
+// end of its bidirectional span), and the runs above it, each up to the position at which the next one down begins.
 //
 // Letters: T tokens, H query heads, K key/value heads, G = H / K, D head size (a multiple of kPad).
 

@@ -50,9 +50,11 @@ SPECS_INLINE void for_each_block(const Attention<F>& p, const Tile& tile, const 
   int64_t own_end = tile.end;  // a bidirectional span may reach past the tile
   while (own_end < own.end && p.visible_from[own_end] < tile.end) ++own_end;
   const int64_t first_position = own.position + (tile.begin - own.start);
+  int64_t below = 0;  // position of the run that this one was reached from
   for (int64_t r = tile.run; r >= 0; r = p.runs[r].parent) {
     const Run& run = p.runs[r];
-    const int64_t end = r == tile.run ? own_end : run.end;
+    const int64_t end = r == tile.run ? own_end : run.start + (below - run.position);
+    below = run.position;
     // Key j of this run has position run.position + (j - run.start); query i sees it iff position_i - position_j < window.
     const int64_t hidden_until = p.window > 0 ? run.start + (first_position - p.window + 1) - run.position : run.start;
     int64_t block = hidden_until > run.start ? (hidden_until - run.start) / kBlockKeys : 0;

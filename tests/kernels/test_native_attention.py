@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from specs_kernels import PackedLayout, native, packed_attention
-from specs_kernels.packed_attention.native import run_table
+from specs_kernels.packed_attention import native_plan
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
 WIDEST = 3
@@ -137,28 +137,74 @@ def test_order_of_siblings_does_not_matter_bit_for_bit() -> None:
     assert torch.equal(out[moved], out_two) and torch.equal(lse[moved], lse_two)
 
 
-@settings(max_examples=100, deadline=None)
-@given(forest=forests(max_segments=12, max_length=5))
-def test_runs_cover_the_row_and_lead_to_the_whole_path(forest: Forest) -> None:
-    layout = PackedLayout.from_segments(forest.lengths, forest.parents)
-    runs = run_table(layout).tolist()
+@pytest.mark.parametrize("short", [0, 2, 64])
+@settings(max_examples=60, deadline=None)
+@given(forest=forests(max_segments=14, max_length=5))
+def test_runs_cover_the_row_and_lead_to_the_whole_path(short: int, forest: Forest) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native_plan, "SHORT", short)
+        plan = native_plan.native_plan(
+            PackedLayout.from_segments(forest.lengths, forest.parents, bidirectional=forest.spans)
+        )
+    order = list(range(forest.num_tokens)) if plan.order is None else plan.order.tolist()
+    assert sorted(order) == list(range(forest.num_tokens)) and (short or plan.order is None)
+    if plan.places is not None:
+        assert [order[place] for place in plan.places.tolist()] == list(range(forest.num_tokens))
+    runs = plan.runs.tolist()
     assert [start for start, *_ in runs] == [0, *(end for _, end, *_ in runs)][: len(runs)]
     assert (runs[-1][1] if runs else 0) == forest.num_tokens
-    for segment in range(len(forest.lengths)):
-        for token in forest.tokens(segment)[:1]:
-            run = next(index for index, (start, end, *_) in enumerate(runs) if start <= token < end)
-            assert runs[run][3] + token - runs[run][0] == int(layout.position_ids[token])
-            seen = list(range(runs[run][0], token))
-            while (run := runs[run][2]) >= 0:
-                seen = list(range(runs[run][0], runs[run][1])) + seen
-            path = forest.path_tokens(segment)
-            assert seen == path[: path.index(token)]
+    visible = forest.visible(None)
+    for index, (start, end, _, _) in enumerate(runs):
+        for place in range(start, end):
+            run, position = index, runs[index][3]
+            seen = [order[at] for at in range(start, end) if plan.visible_from[at] <= place]
+            while (above := runs[run][2]) >= 0:
+                seen += order[runs[above][0] : runs[above][0] + position - runs[above][3]]
+                run, position = above, runs[above][3]
+            assert sorted(seen) == visible[order[place]].nonzero().flatten().tolist()
 
 
 def test_a_chain_of_segments_is_one_run_and_empty_ones_leave_no_trace() -> None:
-    assert run_table(PackedLayout.from_segments([3, 0, 2, 4], [-1, 0, 1, 2])).tolist() == [[0, 9, -1, 0]]
-    branched = PackedLayout.from_segments([3, 0, 2, 4, 1], [-1, 0, 1, 1, -1])
-    assert run_table(branched).tolist() == [[0, 3, -1, 0], [3, 5, 0, 3], [5, 9, 0, 3], [9, 10, -1, 0]]
+    def table(lengths: list[int], parents: list[int]) -> list[list[int]]:
+        return native_plan.native_plan(PackedLayout.from_segments(lengths, parents)).runs.tolist()
+
+    assert table([3, 0, 2, 4], [-1, 0, 1, 2]) == [[0, 9, -1, 0]]
+    branched = table([3, 0, 2, 4, 1], [-1, 0, 1, 1, -1])
+    assert branched == [[0, 3, -1, 0], [3, 5, 0, 3], [5, 9, 0, 3], [9, 10, -1, 0]]
+
+
+def caterpillar(depth: int, length: int = 1) -> PackedLayout:
+    """A path of short segments, each with a sibling that has no child: a search over single tokens."""
+    parents = [-1]
+    for level in range(depth):
+        parents += [2 * level, 2 * level]  # 2 level is on the path: the second of its pair
+    return PackedLayout.from_segments([length] * len(parents), parents)
+
+
+def test_short_runs_go_on_into_their_largest_child_and_prompts_stay() -> None:
+    plan = native_plan.native_plan(caterpillar(1000))
+    assert plan.runs.shape[0] == 1002  # the path, and what ends beside it and at its end
+    assert plan.runs[0].tolist() == [0, 1000, -1, 0] and set(plan.runs[1:, 2].tolist()) == {0}
+    assert native_plan.native_plan(PackedLayout.from_segments([5, 3, 4, 90], [-1, 0, 0, 0])).order is None
+    long = PackedLayout.from_segments([64, 64, 9, 9, 3], [-1, 0, 1, 1, 0])
+    assert native_plan.native_plan(long).order is None
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "window": 70}], ids=["plain", "softcap and window"])
+def test_deep_trees_of_short_segments_are_exact_and_a_sibling_stays_by_itself(
+    instruction_set: str, options: dict[str, float]
+) -> None:
+    layout = caterpillar(90, 2)
+    inputs = inputs_of(layout, 4, 2, 16, torch.float64)
+    ours = everything(inputs, layout, "native", **options)
+    for mine, exact in zip(ours, everything(inputs, layout, "reference", **options), strict=True):
+        torch.testing.assert_close(mine, exact, atol=1e-11, rtol=1e-11)
+    hurt = layout.segment_ids == 41  # beside the path
+    assert layout.subtree_ends[41] == layout.segment_starts[42]
+    dirty = [torch.where(hurt[:, None, None], torch.nan, x.detach()).requires_grad_() for x in inputs]
+    out, lse = packed_attention(*dirty, layout, return_lse=True, backend="native", **options)
+    assert torch.equal(out[~hurt], ours[0][~hurt]) and torch.equal(lse[~hurt], ours[1][~hurt])
+    assert out[hurt].isnan().all()
 
 
 def test_memory_is_linear_in_tokens() -> None:
@@ -178,6 +224,22 @@ def test_ten_thousand_segments() -> None:
     small = PackedLayout.from_segments([2] * 10, [-1] + [0] * 9)
     last = [x[-20:] for x in inputs]
     assert torch.equal(out[-20:], packed_attention(*last, small, backend="native"))
+
+
+def test_seventy_thousand_tokens_of_many_segments() -> None:
+    """100 trees of a prompt and 8 responses; the last one has the bits that it has alone."""
+    prompt, response, group, trees = 300, 50, 8, 100
+    parents = [p for t in range(trees) for p in [-1] + [t * (group + 1)] * group]
+    layout = PackedLayout.from_segments(([prompt] + [response] * group) * trees, parents)
+    assert layout.num_tokens == 70_000
+    inputs = inputs_of(layout, 2, 1, 16, torch.float32)
+    size = layout.num_tokens // trees
+    small = PackedLayout.from_segments([prompt] + [response] * group, [-1] + [0] * group)
+    last = [x[-size:].detach().requires_grad_() for x in inputs]
+    out, alone = (packed_attention(*x, to, backend="native") for x, to in ((inputs, layout), (last, small)))
+    assert torch.equal(out[-size:], alone)
+    grads, own = (torch.autograd.grad(x.square().sum(), of) for x, of in ((out, inputs), (alone, last)))
+    assert all(torch.equal(ours[-size:], theirs) for ours, theirs in zip(grads, own, strict=True))
 
 
 @pytest.mark.parametrize("head_dim", [8, 16])
@@ -221,8 +283,8 @@ def test_ops_refuse_what_would_read_out_of_bounds() -> None:
     for runs in ([[0, 5, -1, 0]], [[0, 2, -1, 0], [3, 4, -1, 0]], [[0, 4, 0, 0]], [[0, 4, -2, 0]]):
         with pytest.raises(RuntimeError, match="runs must cover"):
             op(query, query, query, seen, torch.tensor(runs), 1.0, 0.0, 0)
-    for runs in ([[0, 1, -1, 0], [1, 2, -1, 0], [2, 4, 0, 1]], [[0, 2, -1, 0], [2, 4, 0, 1]], [[0, 4, -1, 9]]):
-        with pytest.raises(RuntimeError, match="a run must be below one of its own tree, its position the next one"):
+    for runs in ([[0, 1, -1, 0], [1, 2, -1, 0], [2, 4, 0, 1]], [[0, 2, -1, 0], [2, 4, 0, 3]], [[0, 4, -1, 9]]):
+        with pytest.raises(RuntimeError, match="a run must be below one of its own tree and begin where"):
             op(query, query, query, seen, torch.tensor(runs), 1.0, 0.0, 0)
     with pytest.raises(RuntimeError, match="D a multiple of 16"):
         op(

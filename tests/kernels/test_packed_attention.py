@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from dataclasses import dataclass
 from typing import Any
 
@@ -268,6 +270,34 @@ def test_second_derivative_is_refused(backend: str) -> None:
     out = packed_attention(query, key, value, layout, backend=backend)
     with pytest.raises(RuntimeError, match="packed_attention is differentiable once"):
         torch.autograd.grad(out.sum(), query, create_graph=True)
+
+
+@each_backend
+def test_transforms_of_torch_func_are_refused_by_name_and_the_reference_takes_them(backend: str) -> None:
+    layout = PackedLayout.from_segments([3, 2], [-1, 0])
+    inputs = [x.detach() for x in make_inputs(layout, 2, 1, 2)]
+    several = [torch.stack([x, 2 * x]) for x in inputs]
+
+    def run(query: Tensor, key: Tensor, value: Tensor, name: str = backend) -> Tensor:
+        return packed_attention(query, key, value, layout, backend=name)
+
+    for transformed in (lambda: torch.vmap(run)(*several), lambda: torch.func.grad(lambda *x: run(*x).sum())(*inputs)):
+        with pytest.raises(
+            RuntimeError, match='packed_attention: transforms of torch.func .* backend="reference" alone'
+        ):
+            transformed()
+    ours = torch.vmap(lambda *x: run(*x, name="reference"))(*several)
+    torch.testing.assert_close(ours[1], run(*(x[1] for x in several)))
+
+
+@each_and_reference
+def test_a_used_layout_can_be_copied_and_pickled(backend: str) -> None:
+    layout = PackedLayout.from_segments([5, 1, 1, 2, 1], [-1, 0, 1, 1, 0], bidirectional=[(1, 4)])
+    inputs = make_inputs(layout, 2, 1, 4)
+    expected = packed_attention(*inputs, layout, backend=backend)
+    for again in (copy.copy(layout), copy.deepcopy(layout), pickle.loads(pickle.dumps(layout))):
+        assert torch.equal(again.description, layout.description)
+        assert torch.equal(packed_attention(*inputs, again, backend=backend), expected)
 
 
 def test_equal_pieces_share_one_group_and_prefix_is_multiplied_once() -> None:

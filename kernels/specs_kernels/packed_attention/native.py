@@ -1,8 +1,11 @@
 """``packed_attention`` in C++ on CPU (``csrc/cpu/packed_attention*``): a flash kernel over the forest.
 
-The row is cut into *runs* (``runs.py``). A tile of queries meets the keys of its own run and of the runs above it, in
-blocks, so the cost follows the visible pairs, whatever the shape of the forest; with a window, blocks out of sight are
-skipped. All query heads of one key head share a tile, and a prefix is stored once.
+The row is cut into *runs* (``native_plan.py``). A tile of queries meets the keys of its own run and of the runs above it,
+in blocks, so the cost follows the visible pairs; with a window, blocks out of sight are skipped. All query heads of one key
+head share a tile, and a prefix is stored once.
+
+Backward: a tree of more than 2^18 visible pairs is cut into up to 8 parts; each after the first has sums of its own for keys
+and values, so up to 7 times fp32 (fp64) ``[T, Hkv, D]`` each, and three copies of keys and values besides.
 
 fp32 and fp64 run as they are; fp16 and bf16 are computed in fp32. Sums have one order, given by layout and head counts:
 results do not depend on the number of threads. Between instruction sets (AVX-512, AVX2, portable) they differ by
@@ -19,24 +22,12 @@ from torch import Tensor
 
 from specs_kernels import checks
 from specs_kernels.layout import PackedLayout
-from specs_kernels.packed_attention.runs import forest_runs
+from specs_kernels.packed_attention.native_plan import NativePlan, native_plan, ordered, restored
 from specs_kernels.softmax import accumulation_dtype
 from specs_kernels.tracing import without_autocast
 
 HEAD_MULTIPLE = 16
 """Head sizes are padded to a multiple of this: zeros change neither scores nor gradients."""
-
-
-def run_table(layout: PackedLayout) -> Tensor:
-    """int64 ``[runs, 4]``: first token, end, run above or -1, position of the first token; depth-first, kept per layout."""
-    table = layout.cache.get("packed_attention.native")
-    if table is None:
-        rows = [run[:4] for run in forest_runs(layout)]
-        with torch.inference_mode(False):  # the first call may be a rollout's, the next one a training step's
-            table = torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 4)
-        if type(table) is Tensor:  # not a tracer's stand-in
-            layout.cache["packed_attention.native"] = table
-    return table
 
 
 def _rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -62,17 +53,17 @@ class _PackedAttention(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        layout: PackedLayout,
+        plan: NativePlan,
         scale: float,
         softcap: float | None,
         window: int | None,
     ) -> tuple[Tensor, Tensor]:
         dtype = accumulation_dtype(query.dtype)
         rows = [_rows(tensor, dtype) for tensor in (query, key, value)]
-        ctx.options = (layout, scale, softcap, window)
+        ctx.options = (plan, scale, softcap, window)
         ctx.dtype, ctx.head_dim = query.dtype, query.shape[2]
         padded_out, lse = torch.ops.specs_kernels.packed_attention_forward(
-            *rows, layout.visible_from, run_table(layout), scale, softcap or 0.0, window or 0
+            *rows, plan.visible_from, plan.runs, scale, softcap or 0.0, window or 0
         )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*rows, padded_out, lse)
@@ -84,8 +75,38 @@ class _PackedAttention(torch.autograd.Function):
         saved = ctx.saved_tensors
         if grad_out is None and grad_lse is None:
             return (None,) * 7
-        grads = packed_attention_native_gradient(grad_out, grad_lse, *saved, *ctx.options)
+        grads = _gradients(grad_out, grad_lse, *saved, *ctx.options)
         return *(_unpadded(grad, ctx.head_dim).to(ctx.dtype) for grad in grads), None, None, None, None
+
+
+def _gradients(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: NativePlan,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> tuple[Tensor, ...]:
+    """Like inputs, which may come as the forward keeps them: padded, in the dtype of lse."""
+    with without_autocast(query.device):
+        rows = [_rows(tensor, lse.dtype) for tensor in (query, key, value, out)]
+        grads = torch.ops.specs_kernels.packed_attention_backward(
+            torch.zeros_like(rows[3]) if grad_out is None else _rows(grad_out, lse.dtype),
+            None if grad_lse is None else grad_lse.to(lse.dtype).contiguous(),
+            *rows,
+            lse,
+            plan.visible_from,
+            plan.runs,
+            scale,
+            softcap or 0.0,
+            window or 0,
+        )
+        return tuple(_unpadded(grad, query.shape[2]).to(query.dtype) for grad in grads)
 
 
 def packed_attention_native(
@@ -98,8 +119,10 @@ def packed_attention_native(
     window: int | None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`specs_kernels.packed_attention`; returns (out, lse)."""
-    out, lse = _PackedAttention.apply(query, key, value, layout, scale, softcap, window)
-    return out, lse
+    plan = native_plan(layout)
+    query, key, value = (ordered(plan, tensor) for tensor in (query, key, value))
+    out, lse = _PackedAttention.apply(query, key, value, plan, scale, softcap, window)
+    return restored(plan, out), restored(plan, lse)
 
 
 def packed_attention_native_gradient(
@@ -117,19 +140,10 @@ def packed_attention_native_gradient(
 ) -> tuple[Tensor, ...]:
     """Gradients of query, key and value, in their shapes and dtype, from inputs and results of :func:`packed_attention_native`.
 
-    One upstream gradient may be None. Inputs and out may also come as the forward keeps them: padded, in the dtype of lse.
+    One upstream gradient may be None.
     """
-    with without_autocast(query.device):
-        rows = [_rows(tensor, lse.dtype) for tensor in (query, key, value, out)]
-        grads = torch.ops.specs_kernels.packed_attention_backward(
-            torch.zeros_like(rows[3]) if grad_out is None else _rows(grad_out, lse.dtype),
-            None if grad_lse is None else grad_lse.to(lse.dtype).contiguous(),
-            *rows,
-            lse,
-            layout.visible_from,
-            run_table(layout),
-            scale,
-            softcap or 0.0,
-            window or 0,
-        )
-        return tuple(_unpadded(grad, query.shape[2]).to(query.dtype) for grad in grads)
+    plan = native_plan(layout)
+    grad_out, grad_lse = (None if grad is None else ordered(plan, grad) for grad in (grad_out, grad_lse))
+    query, key, value, out, lse = (ordered(plan, tensor) for tensor in (query, key, value, out, lse))
+    grads = _gradients(grad_out, grad_lse, query, key, value, out, lse, plan, scale, softcap, window)
+    return tuple(restored(plan, grad) for grad in grads)

@@ -99,7 +99,8 @@ def packed_attention(
     backward: under ``torch.use_deterministic_algorithms(True)``). A segment's result does not depend,
     bit for bit, on what its siblings' tokens hold.
 
-    Raises ValueError for wrong shapes, dtypes or devices, and for scale, softcap or window out of range.
+    Raises ValueError for wrong shapes, dtypes or devices, and for scale, softcap or window out of range; RuntimeError under
+    transforms of ``torch.func``, which only "reference" goes through.
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         checks.check_float(name, tensor, 3)
@@ -132,6 +133,11 @@ def packed_attention(
             f"and softcap from {limits.tiny:.4g} to {limits.max:.4g}"
         )
     in_graph = traced(query, key, value)
+    if not in_graph and backend != "reference" and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            'packed_attention: transforms of torch.func (vmap, grad, jvp) go through backend="reference" alone; several rows '
+            "make one packed row, and torch.autograd gives gradients"
+        )
     if in_graph and backend not in ("reference", "cascade"):
         out, lse = OPERATOR(query, key, value, layout.description, float(scale), softcap, window, backend)
         return (out, lse) if return_lse else out
