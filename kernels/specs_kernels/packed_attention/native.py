@@ -143,6 +143,17 @@ def packed_attention_native_gradient(
     One upstream gradient may be None.
     """
     plan = native_plan(layout)
-    upstream = (None if grad is None else ordered(plan, grad) for grad in (grad_out, grad_lse))
-    kept = (ordered(plan, tensor) for tensor in (query, key, value, out, lse))
-    return tuple(restored(plan, grad) for grad in _gradients(*upstream, *kept, plan, scale, softcap, window))
+    grads = _gradients(
+        None if grad_out is None else ordered(plan, grad_out),
+        None if grad_lse is None else ordered(plan, grad_lse),
+        ordered(plan, query),
+        ordered(plan, key),
+        ordered(plan, value),
+        ordered(plan, out),
+        ordered(plan, lse),
+        plan,
+        scale,
+        softcap,
+        window,
+    )
+    return tuple(restored(plan, grad) for grad in grads)
