@@ -19,6 +19,8 @@ LAYOUTS = [
     PackedLayout.from_segments([9, 2, 31], [-1, 0, -1], bidirectional=[(0, 9), (12, 20)]),
     PackedLayout.from_segments([7], [-1]),
 ]
+DEEP = PackedLayout.from_segments([1, 2, 1, 1, 3, 1, 2, 1], [-1, 0, 0, 2, 2, 4, 4, 0])
+"""Short segments below each other: the C++ kernel takes their tokens in another order."""
 BACKENDS = [name for name in ("native", "chunked") if dispatch.unavailable(name) is None]
 
 
@@ -84,6 +86,18 @@ def test_automatic_dynamic_shapes_settle_after_two_layouts() -> None:
         inputs = make(layout.num_tokens)
         assert_same(compiled(*inputs, layout), loss(*inputs, layout), inputs)
     assert set(compiled_for) == set(LAYOUTS[:2])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("output", [0, 1])
+def test_the_operator_in_another_order_of_tokens_equals_the_definition(backend: str, output: int) -> None:
+    inputs = make(DEEP.num_tokens, torch.float64)
+    ours = library.OPERATOR(*inputs, DEEP.description, 0.4, 2.0, 4, backend)[output]
+    exact = packed_attention(*inputs, DEEP, scale=0.4, softcap=2.0, window=4, return_lse=True, backend="reference")[
+        output
+    ]
+    used = inputs if output == 0 else inputs[:2]
+    assert_same(ours.sin().sum(), exact.sin().sum(), used)
 
 
 def test_the_layout_may_be_gone_before_the_backward() -> None:
