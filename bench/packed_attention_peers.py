@@ -179,12 +179,14 @@ def flex(problem: Problem) -> list[Arm]:
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         heads = [tensor.transpose(0, 1)[None] for tensor in (query, key, value)]
         if not state:  # a layout serves all layers of a model, so its mask is made once
+            from torch.compiler import config
             from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
             begun = time.perf_counter()
             state["mask"] = create_block_mask(sees, None, None, tokens, tokens, device=str(device))
             state["call"] = torch.compile(flex_attention, dynamic=False)
-            state["call"](*heads, block_mask=state["mask"], enable_gqa=True)
+            with config.patch(force_disable_caches=True):  # type: ignore[attr-defined]  # what an earlier run compiled
+                state["call"](*heads, block_mask=state["mask"], enable_gqa=True)
             state["seconds"] = time.perf_counter() - begun
         return state["call"](*heads, block_mask=state["mask"], enable_gqa=True)[0].transpose(0, 1)
 

@@ -1,4 +1,4 @@
-"""Hypothesis strategies for packed forests, and a definition of visibility that knows nothing of the layout's integers."""
+"""Hypothesis strategies for packed forests, inputs for them, and a definition of visibility without the layout's integers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+
+from specs_kernels import PackedLayout
 
 
 @dataclass(frozen=True)
@@ -67,3 +69,15 @@ def forests(draw: st.DrawFn, max_segments: int = 9, max_length: int = 12, spans:
             ranges.append((start + begin, start + draw(st.integers(begin + 1, length))))
         start += length
     return Forest(lengths, parents, ranges)
+
+
+def make_inputs(
+    layout: PackedLayout, heads: int, kv_heads: int, head_dim: int, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor]:
+    """query ``[T, heads, head_dim]``, key and value ``[T, kv_heads, head_dim]``; the same numbers for every dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    query, key, value = (
+        torch.randn(layout.num_tokens, h, head_dim, generator=generator, dtype=torch.float64).to(dtype)
+        for h in (heads, kv_heads, kv_heads)
+    )
+    return query.requires_grad_(), key.requires_grad_(), value.requires_grad_()

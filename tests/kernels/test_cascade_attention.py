@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed_forests import Forest, forests
+from packed_forests import Forest, forests, make_inputs
 from torch import Tensor
 
 from specs_kernels import PackedLayout, dispatch, packed_attention, varlen, verify
@@ -27,17 +27,6 @@ DEEP = ([9, 4, 7, 0, 5, 3, 1, 8, 6, 2], [-1, 0, 0, 2, 3, 4, 4, 2, -1, 8])
 def on_the_stand_in() -> Iterator[None]:
     with varlen.use("stand-in"):
         yield
-
-
-def make_inputs(
-    layout: PackedLayout, heads: int, kv_heads: int, head_dim: int, seed: int = 0, dtype: torch.dtype = torch.float64
-) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    query, key, value = (
-        torch.randn(layout.num_tokens, h, head_dim, generator=generator, dtype=torch.float64).to(dtype)
-        for h in (heads, kv_heads, kv_heads)
-    )
-    return query.requires_grad_(), key.requires_grad_(), value.requires_grad_()
 
 
 def evaluate(inputs: tuple[Tensor, ...], layout: PackedLayout, backend: str, **options: Any) -> list[Tensor]:

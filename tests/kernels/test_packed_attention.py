@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed_forests import Forest, forests
+from packed_forests import Forest, forests, make_inputs
 from torch import Tensor
 
 from specs_kernels import PackedLayout, native, packed_attention
@@ -52,17 +52,6 @@ def problems(draw: st.DrawFn) -> Problem:
     limits = {key: draw(st.sampled_from(values)) for key, values in LIMITS.items()}
     sizes = [draw(st.sampled_from(values)) for values in ([1, 2], [1, 3], [1, 4])]
     return Problem(draw(forests(max_length=20)), *sizes, options, limits, draw(st.integers(0, 99)))
-
-
-def make_inputs(
-    layout: PackedLayout, heads: int, kv_heads: int, head_dim: int, seed: int = 0, dtype: torch.dtype = torch.float64
-) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    query, key, value = (
-        torch.randn(layout.num_tokens, h, head_dim, generator=generator, dtype=torch.float64).to(dtype)
-        for h in (heads, kv_heads, kv_heads)
-    )
-    return query.requires_grad_(), key.requires_grad_(), value.requires_grad_()
 
 
 def evaluate(inputs: tuple[Tensor, ...], layout: PackedLayout, backend: str, **options: Any) -> list[Tensor]:
